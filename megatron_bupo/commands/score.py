@@ -1,0 +1,39 @@
+"""`score`: log-probs and entropies of given responses under any policy."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_bupo.config import ScoreConfig
+from megatron_bupo.data.rollout_files import read_rollouts
+from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.parallel.setup import parallel_state
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.table import table_for
+
+
+def run(config: ScoreConfig) -> None:
+    """Check everything that can be checked, then start the processes' groups and score."""
+    parallel = config.parallel
+    arch = Architecture.from_hf(config.model.hf_model)
+    arch.check_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.num_virtual_stages_per_pipeline_rank,
+    )
+    spec = PolicySpec.parse(config.policy)
+    spec.check(arch.num_layers)
+    weights = HFWeights(config.model.hf_model)
+    weights.check(table_for(arch))
+    rollouts = read_rollouts(config.rollouts, arch.vocab_size)
+    with parallel_state(parallel, seed=0) as state:
+        from megatron_bupo.evaluation import score_rollouts, write_scores
+        from megatron_bupo.model.parallel_model import ParallelModel
+
+        dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+        model = ParallelModel(arch, weights, parallel, state, dtype)
+        scores = score_rollouts(model, rollouts, spec, config.rollout_temperature, config.max_tokens_per_micro_batch)
+        if state.rank == 0:
+            write_scores(config.output, scores)
+            print(f"{config.output}: {len(scores)} responses under {spec}")

@@ -1,0 +1,145 @@
+"""`train`: BuPO or GRPO training, or with --dry-run the plan of it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megatron_bupo.config import TrainConfig
+from megatron_bupo.data.prompts import PromptSet, load_prompts, load_tokenizer
+from megatron_bupo.data.rollout_files import check_replay
+from megatron_bupo.errors import UsageError
+from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
+from megatron_bupo.rewards.runner import RewardRunner
+from megatron_bupo.rl.schedule import PolicySchedule
+from megatron_bupo.rollout.engine import SamplingParams, stop_token_ids
+from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSource
+from megatron_bupo.weights.hf_files import HFWeights, write_hf_folder
+from megatron_bupo.weights.table import table_for
+
+
+def run(config: TrainConfig) -> None:
+    """Check everything that can be checked without a process group, then train.
+
+    Raises:
+        UsageError: bad input, before anything was started or written.
+    """
+    arch = _check_model(config)
+    schedule = _schedule(config)
+    schedule.check(arch.num_layers)
+    weights = HFWeights(config.model.hf_model)
+    weights.check(table_for(arch))
+    prompts = _check_data(config, arch)
+    if config.run.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            from megatron_bupo.training.plan import describe_plan
+
+            print(describe_plan(config, arch, schedule, world_size_from_environment()))
+        return
+    with parallel_state(config.parallel, config.run.seed) as state:
+        _train(config, arch, schedule, weights, prompts, state)
+
+
+def _check_model(config: TrainConfig) -> Architecture:
+    parallel = config.parallel
+    arch = Architecture.from_hf(config.model.hf_model)
+    arch.check_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.num_virtual_stages_per_pipeline_rank,
+    )
+    return arch
+
+
+def _schedule(config: TrainConfig) -> PolicySchedule:
+    flags = config.schedule
+    return PolicySchedule.from_flags(
+        train_iters=flags.train_iters,
+        internal_layer=flags.internal_layer,
+        internal_steps=flags.internal_steps,
+        internal_module=flags.internal_module,
+        internal_policy_norm=flags.internal_policy_norm,
+        policy_schedule=flags.policy_schedule,
+    )
+
+
+def _check_data(config: TrainConfig, arch: Architecture) -> PromptSet | None:
+    """The prompts, or None for a replay, whose files are looked through to the last line."""
+    rollout = config.rollout
+    if rollout.load_rollouts is not None:
+        num_responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+        check_replay(rollout.load_rollouts, config.schedule.train_iters, num_responses, arch.vocab_size)
+        return None
+    assert config.data.prompt_data is not None
+    tokenizer = load_tokenizer(config.model.hf_model)
+    is_first = os.environ.get("RANK", "0") == "0"
+    prompts = load_prompts(
+        config.data.prompt_data, tokenizer, config.data.rollout_max_prompt_len, show_progress=is_first
+    )
+    if prompts.num_dropped and is_first:
+        longest = config.data.rollout_max_prompt_len
+        print(f"prompts: {len(prompts)} kept, {prompts.num_dropped} dropped (over {longest} tokens)")
+    if rollout.rollout_batch_size > len(prompts):
+        raise UsageError(
+            f"--rollout-batch-size {rollout.rollout_batch_size}: the data have {len(prompts)} prompts of at most "
+            f"{config.data.rollout_max_prompt_len} tokens; lower it or give more data"
+        )
+    return prompts
+
+
+def _source(config: TrainConfig, prompts: PromptSet | None, state: ParallelState, dtype: torch.dtype) -> RolloutSource:
+    rollout, data = config.rollout, config.data
+    if prompts is None:
+        assert rollout.load_rollouts is not None
+        return Replay(rollout.load_rollouts)
+    from megatron_bupo.rollout.local import LocalEngine
+
+    tokenizer = load_tokenizer(config.model.hf_model)
+    params = SamplingParams(
+        temperature=rollout.rollout_temperature,
+        top_p=rollout.rollout_top_p,
+        max_new_tokens=rollout.rollout_max_response_len,
+        stop_token_ids=stop_token_ids(config.model.hf_model, tokenizer),
+        seed=config.run.seed,
+    )
+    engine = LocalEngine(config.model.hf_model, dtype, state.device, max_batch_size=rollout.rollout_micro_batch_size)
+    rewards = None
+    if state.rank == 0:
+        rewards = RewardRunner(data.reward, timeout_s=data.reward_timeout, num_workers=data.reward_workers)
+    return EmbeddedGeneration(engine, prompts, tokenizer, rewards, rollout, params, state)
+
+
+def _train(
+    config: TrainConfig,
+    arch: Architecture,
+    schedule: PolicySchedule,
+    weights: HFWeights,
+    prompts: PromptSet | None,
+    state: ParallelState,
+) -> None:
+    from megatron_bupo.tracking import Tracker, describe_run
+    from megatron_bupo.training.actor import Actor
+    from megatron_bupo.training.trainer import Trainer
+
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    actor = Actor(arch, weights, config.parallel, config.optimizer, state, dtype, schedule.specs)
+    source = _source(config, prompts, state, dtype)
+    tracker = None
+    if state.rank == 0:
+        tracker = Tracker(config.run.save, config.run.tensorboard_dir)
+        data = {"replay": config.rollout.load_rollouts} if prompts is None else {"sha256": prompts.fingerprint()}
+        tracker.write_run(describe_run(config, schedule.describe(), data))
+    try:
+        Trainer(config, schedule, actor, source, state, tracker).run()
+    finally:
+        source.close()
+        if tracker is not None:
+            tracker.close()
+    if config.run.save_hf:
+        if state.rank == 0:
+            write_hf_folder(actor.hf_tensors(), config.model.hf_model, config.run.save_hf, dtype)
+        else:
+            for _ in actor.hf_tensors():  # every rank takes part in gathering them
+                continue

@@ -1,0 +1,9 @@
+"""The one exception that is meant for the person at the keyboard."""
+
+
+class UsageError(ValueError):
+    """Bad input from outside: a flag, a file, a combination.
+
+    The message is one line: what was given, what is allowed, what to do. The command line prints it and exits
+    with code 2; it never shows a traceback for it. Errors of the program itself stay ordinary exceptions.
+    """

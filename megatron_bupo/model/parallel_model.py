@@ -1,0 +1,64 @@
+"""A model on its ranks, loaded from a HuggingFace folder: enough to score, and the base of what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_bupo.config import ParallelConfig
+from megatron_bupo.errors import UsageError
+from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.model.build import HiddenStateModel, build_model
+from megatron_bupo.model.policy import PolicyOutput, run_policy
+from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.samples import MicroBatch
+from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.sharding import global_named_parameters, hf_tensors, load_hf
+
+
+class ParallelModel:
+    """The model chunks of this rank with the weights of a HuggingFace folder, read slice by slice."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: HFWeights,
+        parallel: ParallelConfig,
+        state: ParallelState,
+        dtype: torch.dtype,
+    ) -> None:
+        self.arch = arch
+        self.state = state
+        self.chunks: list[HiddenStateModel] = build_model(arch, parallel, state, dtype)
+        self._load(weights)
+
+    def _load(self, weights: HFWeights) -> None:
+        """Fill the parameters; what one rank finds wrong in its slices, every rank raises."""
+        error: UsageError | None = None
+        try:
+            load_hf(self.named_parameters(), weights, self.arch, self.state.tp_rank, self.state.tp_size)
+        except UsageError as found:
+            error = found
+        errors: list[UsageError | None] = [None] * self.state.world_size
+        dist.all_gather_object(errors, error)
+        for found_there in errors:
+            if found_there is not None:
+                raise found_there
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name with the global index of its layer, parameter) of every chunk of this rank."""
+        return list(global_named_parameters(self.chunks))
+
+    def score(self, batches: Sequence[MicroBatch], spec: PolicySpec, temperature: float) -> list[PolicyOutput]:
+        """Log-probs and entropies without gradient: one output per micro-batch on the last stage, none elsewhere."""
+        return run_policy(
+            self.chunks, batches, spec, self.state, temperature=temperature, vocab_size=self.arch.vocab_size
+        )
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model in HuggingFace's names and layout, whole, on every rank in the same order."""
+        return hf_tensors(self.named_parameters(), self.arch, self.state.tp_group, self.state.pp_group)

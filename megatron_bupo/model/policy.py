@@ -1,0 +1,144 @@
+"""THE entry: (model, batch, specs) -> log-probs and entropy of the responses under any policy of the model.
+
+Old, reference and current log-probs, the loss, `score` and the analysis all come here. Under pipeline parallelism the
+functions run inside megatron-core's schedule: every stage returns its hidden state, the last one unembeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_bupo.model.build import HiddenStateModel
+from megatron_bupo.model.truncated import view_for
+from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.parallel.unembedding import logprob_and_entropy
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.samples import MicroBatch
+
+
+@dataclass
+class PolicyOutput:
+    """Per response row of one micro-batch: log-prob of the target and entropy, nats, fp32 [R] each."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+# What the last stage makes of an output: (loss sum, count, whatever the caller collects).
+LossFunction = Callable[[MicroBatch, PolicyOutput], tuple[Tensor, Tensor, Any]]
+
+
+def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
+    """megatron-core's description of the packed sequences; the padding counts as a sequence of its own."""
+    longest = int(batch.cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def unembed(
+    model: HiddenStateModel, hidden: Tensor, batch: MicroBatch, temperature: float, vocab_size: int
+) -> PolicyOutput:
+    """Log-probs and entropies of `batch`'s targets from the hidden state [T, 1, H] ([T / TP, 1, H] under SP).
+
+    The unembedding returns this tensor-parallel rank's share of the gradient of the hidden state; exactly one of the
+    two region functions sums it.
+    """
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    rows = hidden.squeeze(1).index_select(0, batch.rows)
+    if not model.config.sequence_parallel:
+        rows = copy_to_tensor_model_parallel_region(rows)
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    logprobs, entropy = logprob_and_entropy(
+        rows,
+        model.output_layer.weight if weight is None else weight,
+        batch.targets,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        group=model.pg_collection.tp,
+    )
+    return PolicyOutput(logprobs, entropy)
+
+
+def run_policy(
+    chunks: Sequence[HiddenStateModel],
+    batches: Sequence[MicroBatch],
+    spec: PolicySpec,
+    state: ParallelState,
+    *,
+    temperature: float,
+    vocab_size: int,
+    loss_function: LossFunction | None = None,
+) -> list[Any]:
+    """Run micro-batches through the policy `spec` under megatron-core's pipeline schedule.
+
+    With `loss_function` the backward runs too, and gradients accumulate where the parameters keep them; without it
+    nothing is recorded for autograd. Under pipeline parallelism all micro-batches have one length.
+
+    Returns:
+        On the last stage, per micro-batch, the third value of `loss_function` or the PolicyOutput; elsewhere [].
+    """
+    views = [view_for(chunk, spec) for chunk in chunks]
+    lengths = {len(batch.tokens) for batch in batches}
+    assert state.pp_size == 1 or len(lengths) == 1, f"micro-batches of several lengths in a pipeline: {lengths}"
+
+    def forward_step(data: Iterator[MicroBatch], view: HiddenStateModel) -> tuple[Any, Callable[..., Any] | None]:
+        batch = next(data)
+        hidden = view(
+            input_ids=batch.tokens[None],
+            position_ids=None,  # rope counts from 0 in every packed sequence
+            attention_mask=None,
+            packed_seq_params=packed_sequences(batch),
+        )
+        if not view.post_process:
+            return hidden, None
+        output = unembed(view, hidden, batch, temperature, vocab_size)
+        if loss_function is None:
+            return output, lambda result, non_loss_data: result
+        return hidden, lambda _: loss_function(batch, output)
+
+    run = partial(
+        get_forward_backward_func(),
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in views] if len(views) > 1 else iter(batches),
+        model=views if len(views) > 1 else views[0],
+        num_microbatches=len(batches),
+        seq_length=len(batches[0].tokens),
+        micro_batch_size=1,
+    )
+    if loss_function is not None:
+        return run(forward_only=False)
+    with torch.no_grad():
+        return run(forward_only=True, collect_non_loss_data=True)
+
+
+def score(
+    chunks: Sequence[HiddenStateModel],
+    batches: Sequence[MicroBatch],
+    specs: Sequence[PolicySpec],
+    state: ParallelState,
+    *,
+    temperature: float,
+    vocab_size: int,
+) -> dict[PolicySpec, list[PolicyOutput]]:
+    """Log-probs and entropies of every policy in `specs`, without gradient; outputs on the last stage only."""
+    return {
+        spec: run_policy(chunks, batches, spec, state, temperature=temperature, vocab_size=vocab_size) for spec in specs
+    }

@@ -1,0 +1,128 @@
+"""What the training loop asks of a rollout engine: tokens in, tokens with log-probs out, weights by HuggingFace name.
+
+Text never crosses this line: encoding a decoded response again may give other tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_bupo.errors import UsageError
+from megatron_bupo.samples import Prompt
+
+Progress = Callable[[int], object]
+"""Called with the number of responses that were just finished: `tqdm.update`, for example."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are drawn. `seed` is the run's; `stop_token_ids` end a response and are part of it.
+
+    Raises:
+        UsageError: a temperature that is not above 0, a top-p outside of (0, 1], no token to generate.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < float("inf"):
+            raise UsageError(f"rollout-temperature {self.temperature}: it must be above 0")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UsageError(f"rollout-top-p {self.top_p}: it must be above 0 and at most 1 (1 keeps every token)")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"rollout-max-response-len {self.max_new_tokens}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One response that is wanted. (step, prompt.index, sample) names it within a run and seeds its noise."""
+
+    prompt: Prompt
+    sample: int
+    step: int
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        return self.step, self.prompt.index, self.sample
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A response. `tokens` include the stop token.
+
+    `logprobs`, one per token in nats, are of the policy sampled from, at the temperature, before top-p.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: str
+
+
+class RolloutEngine(ABC):
+    """Generates responses with weights that the trainer pushes. In this process, or behind a server."""
+
+    @abstractmethod
+    def generate(
+        self, requests: list[GenerationRequest], params: SamplingParams, progress: Progress | None = None
+    ) -> list[Generation]:
+        """One response per request, in the order of the requests."""
+
+    @abstractmethod
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Take over a complete set of weights: HuggingFace names and full (unsharded) tensors, in any order.
+
+        A tied unembedding is not sent. What is generated from now on carries `version`.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the engine holds. Safe to call twice."""
+
+
+def make_requests(prompts: list[Prompt], step: int, num_samples: int) -> list[GenerationRequest]:
+    """`num_samples` requests per prompt, those of a prompt side by side.
+
+    A prompt that occurs twice (the epoch may end within a batch) goes on counting its samples: the same numbers would
+    give the same noise and thereby the same responses.
+    """
+    seen: Counter[int] = Counter()
+    requests = []
+    for prompt in prompts:
+        first = seen[prompt.index]
+        requests += [GenerationRequest(prompt, sample, step) for sample in range(first, first + num_samples)]
+        seen[prompt.index] += num_samples
+    return requests
+
+
+def stop_token_ids(hf_folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a response: the model's (generation_config.json, else config.json) and the tokenizer's.
+
+    Raises:
+        UsageError: neither file can be read.
+    """
+    folder = Path(hf_folder)
+    source: type[GenerationConfig] | type[AutoConfig] = (
+        GenerationConfig if (folder / "generation_config.json").is_file() else AutoConfig
+    )
+    try:
+        config = source.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{folder}: no usable generation_config.json or config.json ({reason})") from error
+    listed = getattr(config, "eos_token_id", None)
+    ids = set(listed if isinstance(listed, list) else [listed])
+    ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids - {None}))

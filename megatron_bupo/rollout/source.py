@@ -1,0 +1,161 @@
+"""Where the rollouts of a step come from: generated and rewarded now, or replayed from files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from megatron_bupo.config import RolloutConfig
+from megatron_bupo.data.prompts import PromptSet
+from megatron_bupo.data.rollout_files import read_rollouts, step_file
+from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.rewards.runner import RewardResult, RewardRunner
+from megatron_bupo.rollout.engine import (
+    Generation,
+    GenerationRequest,
+    RolloutEngine,
+    SamplingParams,
+    make_requests,
+)
+from megatron_bupo.samples import Rollout
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """The responses of one step in record order, the same on every rank, and what it took to get them."""
+
+    rollouts: list[Rollout]
+    reward_timeouts: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class RolloutSource(Protocol):
+    """What the training loop asks for at the start of a step, and tells at its end."""
+
+    def rollouts(self, step: int) -> RolloutBatch: ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Replay:
+    """Rollouts of an earlier run, as they stand. `weights` go nowhere: nothing is generated."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def rollouts(self, step: int) -> RolloutBatch:
+        return RolloutBatch(read_rollouts(step_file(self._folder, step)))
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Nothing generates here; the stream is not even started."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class EmbeddedGeneration:
+    """Prompts answered by an engine in every process, each taking its share, and rewarded on the first one.
+
+    A response depends on (seed, step, prompt, sample) alone, so the shares change nothing.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        prompts: PromptSet,
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: RewardRunner | None,
+        config: RolloutConfig,
+        params: SamplingParams,
+        state: ParallelState,
+    ) -> None:
+        assert (rewards is not None) == (state.rank == 0), "the first rank, and only it, has the reward workers"
+        self._engine, self._prompts, self._tokenizer, self._rewards = engine, prompts, tokenizer, rewards
+        self._config, self._params, self._state = config, params, state
+
+    def rollouts(self, step: int) -> RolloutBatch:
+        started = time.perf_counter()
+        prompts = self._prompts.batch(step, self._config.rollout_batch_size, self._params.seed)
+        requests = make_requests(prompts, step, self._config.n_samples_per_prompt)
+        generations = generate_shared(self._engine, requests, self._params, self._state)
+        unrewarded = to_rollouts(requests, generations, self._config.n_samples_per_prompt, self._tokenizer)
+        generated = time.perf_counter()
+        result = self._reward(unrewarded)
+        rollouts = [rollout.with_reward(reward) for rollout, reward in zip(unrewarded, result.rewards, strict=True)]
+        seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
+        return RolloutBatch(rollouts, result.timeouts, seconds)
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        self._engine.update_weights(tensors, version)
+
+    def close(self) -> None:
+        self._engine.close()
+        if self._rewards is not None:
+            self._rewards.close()
+
+    def _reward(self, rollouts: list[Rollout]) -> RewardResult:
+        """The first rank's verdicts, or its error, on every rank."""
+        outcome: list[RewardResult | Exception | None] = [None]
+        if self._rewards is not None:
+            try:
+                outcome[0] = self._rewards.score(rollouts)
+            except Exception as error:  # handed to every rank: they would wait for ever for the verdicts
+                outcome[0] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if not isinstance(outcome[0], RewardResult):
+            assert outcome[0] is not None
+            raise outcome[0]
+        return outcome[0]
+
+
+def generate_shared(
+    engine: RolloutEngine, requests: Sequence[GenerationRequest], params: SamplingParams, state: ParallelState
+) -> list[Generation]:
+    """All responses, in the order of the requests, on every rank; each rank generates every world_size-th."""
+    mine = list(requests[state.rank :: state.world_size])
+    with tqdm(total=len(mine), desc="generate", unit=" resp", leave=False, disable=state.rank != 0) as bar:
+        generated = engine.generate(mine, params, bar.update)
+    shares: list[list[Generation]] = [[]] * state.world_size
+    dist.all_gather_object(shares, generated)
+    return [shares[index % state.world_size][index // state.world_size] for index in range(len(requests))]
+
+
+def to_rollouts(
+    requests: Sequence[GenerationRequest],
+    generations: Sequence[Generation],
+    samples_per_prompt: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    keep_logprobs: bool = True,
+) -> list[Rollout]:
+    """Rollout records, still without reward. The text is for rewards and readers: training sees the tokens.
+
+    Args:
+        keep_logprobs: whether the engine's log-probs are those of the full policy, which is what a record holds.
+    """
+    return [
+        Rollout(
+            group=index // samples_per_prompt,
+            prompt_tokens=request.prompt.tokens,
+            response_tokens=generation.tokens,
+            prompt=request.prompt.text,
+            response=tokenizer.decode(generation.tokens, skip_special_tokens=True),
+            answer=request.prompt.answer,
+            rollout_logprobs=generation.logprobs if keep_logprobs else None,
+            finish_reason=generation.finish_reason,
+            weight_version=generation.weight_version,
+            data_source=request.prompt.data_source,
+        )
+        for index, (request, generation) in enumerate(zip(requests, generations, strict=True))
+    ]

@@ -1,0 +1,115 @@
+"""What a run leaves behind: run.json, metrics.jsonl and the same numbers in TensorBoard."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_bupo import __version__
+from megatron_bupo.config import TrainConfig
+
+SCHEMA = 1
+_LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify")
+_SAMPLED_BYTES = 1 << 20
+
+Metrics = dict[str, Any]
+
+
+class Tracker:
+    """Writes on one rank; without `save` and `tensorboard_dir` it writes nothing."""
+
+    def __init__(self, save: str | None, tensorboard_dir: str | None) -> None:
+        self._folder = Path(save) if save else None
+        if self._folder:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = (self._folder / "metrics.jsonl").open("a", encoding="utf-8") if self._folder else None
+        board = tensorboard_dir or (str(self._folder / "tensorboard") if self._folder else None)
+        self._board = SummaryWriter(board) if board else None
+
+    def write_run(self, run: dict[str, Any]) -> None:
+        """SAVE/run.json, written beside and renamed."""
+        if self._folder is None:
+            return
+        beside = self._folder / ".run.json.part"
+        beside.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, self._folder / "run.json")
+
+    def log(self, metrics: Metrics) -> None:
+        """One step: a line of metrics.jsonl, and its numbers in TensorBoard (a list as its mean)."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
+        if self._board is None:
+            return
+        step = metrics["step"]
+        for name, value in metrics.items():
+            if isinstance(value, list):
+                value = sum(value) / len(value)
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, step)
+        self._board.add_text("phase", metrics["phase"], step)
+        self._board.flush()
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def describe_run(config: TrainConfig, phases: str, data: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json: what it takes to run it again, and to see that it is the same run."""
+    return {
+        "schema": SCHEMA,
+        "flags": asdict(config),
+        "phases": phases,
+        "versions": {"megatron_bupo": __version__, "python": platform.python_version(), **_versions()},
+        "commit": _commit(),
+        "model": fingerprint(Path(config.model.hf_model)),
+        "data": data,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with a + if it is changed; None outside of one."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over names, sizes and content of a HuggingFace folder's config and weights.
+
+    Of each file only the first, middle and last MiB are read, so that it costs nothing at any size: it tells models
+    apart, it does not prove that every byte is the same.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in sorted({0, max(0, size // 2), max(0, size - _SAMPLED_BYTES)}):
+                file.seek(start)
+                digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()

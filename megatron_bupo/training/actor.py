@@ -1,0 +1,134 @@
+"""The trained model on its ranks: scoring, the update, and its weights in HuggingFace's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch import Tensor
+
+from megatron_bupo.config import OptimizerConfig, ParallelConfig
+from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.model.parallel_model import ParallelModel
+from megatron_bupo.model.policy import PolicyOutput, run_policy
+from megatron_bupo.parallel.reduce import reduce_everywhere
+from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.rl.losses import LossConfig, policy_loss
+from megatron_bupo.samples import MicroBatch
+from megatron_bupo.training.norms import ParameterNorms
+from megatron_bupo.training.optimizer import PhaseOptimizer
+from megatron_bupo.weights.hf_files import HFWeights
+
+# Sums over the trained tokens, as policy_loss returns them.
+LOSS_METRICS = ("clip_frac", "clip_frac_dual", "ratio", "num_tokens")
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step: the minimised objective, the gradient norm before clipping, sums over response tokens."""
+
+    loss: float
+    grad_norm: float
+    sums: dict[str, float]
+
+
+class Actor(ParallelModel):
+    """A ParallelModel that trains, under the policies of a schedule.
+
+    Args:
+        specs: every policy that the schedule trains; the optimizer's groups are cut along them.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: HFWeights,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        state: ParallelState,
+        dtype: torch.dtype,
+        specs: Sequence[PolicySpec],
+    ) -> None:
+        super().__init__(arch, weights, parallel, state, dtype)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=optimizer.use_distributed_optimizer,
+            # In an internal phase the gradients above l never come, and an overlapped reduction would wait for them.
+            overlap_grad_reduce=False,
+        )
+        self._wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in self.chunks]
+        self.optimizer = PhaseOptimizer(optimizer, self._wrapped, self.named_parameters(), specs, dtype)
+        self.norms = ParameterNorms(
+            self.named_parameters(), state, dtype, sharded_masters=optimizer.use_distributed_optimizer
+        )
+
+    def update(
+        self, batches: Sequence[MicroBatch], spec: PolicySpec, loss: LossConfig, lr: float, temperature: float
+    ) -> UpdateResult:
+        """One optimizer step on one mini-batch, of which `batches` are this data-parallel rank's micro-batches.
+
+        Their `values` hold advantages and old_logprobs (ref_logprobs with a KL term) on the last stage.
+        """
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss_of(batch: MicroBatch, output: PolicyOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            result = policy_loss(
+                output.logprobs,
+                output.entropy,
+                batch.values["old_logprobs"],
+                batch.values["advantages"],
+                batch.mask,
+                batch.segments,
+                len(batch.responses),
+                loss,
+                ref_logprobs=batch.values.get("ref_logprobs"),
+            )
+            sums = {**result.metrics, "loss": result.loss_sum.detach(), "count": result.count}
+            return result.loss_sum, result.count, sums
+
+        collected = run_policy(
+            self.chunks,
+            batches,
+            spec,
+            self.state,
+            temperature=temperature,
+            vocab_size=self.arch.vocab_size,
+            loss_function=loss_of,
+        )
+        names = [*LOSS_METRICS, *(["kl"] if loss.kl_loss_coef else []), "loss", "count"]
+        sums = reduce_everywhere(self.state, collected, names)
+        # The count of this rank: Megatron sums it over the data-parallel ranks and divides the gradients by it.
+        count = torch.zeros([], dtype=torch.int, device=self.state.device)
+        for values in collected:
+            count += values["count"]
+        finalize_model_grads(self._wrapped, count)
+        grad_norm = self.optimizer.step(spec, lr)
+        return UpdateResult(sums.pop("loss") / max(sums.pop("count"), 1), grad_norm, sums)
+
+    @contextmanager
+    def weights_of(self, reference: Sequence[Tensor]) -> Iterator[None]:
+        """Run with other parameter values (from `snapshot`), for the reference policy of a KL term."""
+        parameters = [param for _, param in self.named_parameters()]
+        current = [param.detach().clone() for param in parameters]
+        with torch.no_grad():
+            for param, value in zip(parameters, reference, strict=True):
+                param.copy_(value)
+            try:
+                yield
+            finally:
+                for param, value in zip(parameters, current, strict=True):
+                    param.copy_(value)
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of this rank's parameter values, in main memory."""
+        return [param.detach().to("cpu", copy=True) for _, param in self.named_parameters()]

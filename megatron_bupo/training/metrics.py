@@ -1,0 +1,98 @@
+"""The numbers of a step, under the names of metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from megatron_bupo.model.policy import PolicyOutput
+from megatron_bupo.rl.advantages import num_zero_spread_groups
+from megatron_bupo.rl.losses import logprob_difference
+from megatron_bupo.samples import MicroBatch, Rollout
+from megatron_bupo.training.actor import UpdateResult
+
+OBSERVED_SUMS = ("entropy", "num_tokens", "logprob_diff", "logprob_diff_k3", "num_compared")
+OBSERVED_MAXIMA = ("logprob_diff_max",)
+
+
+def observe(batch: MicroBatch, output: PolicyOutput) -> dict[str, Tensor]:
+    """Sums over the trained tokens of one micro-batch; zeros for the engine where its log-probs are not known."""
+    trained = batch.mask > 0
+    zero = batch.mask.new_zeros(())
+    sums = {
+        "entropy": output.entropy[trained].double().sum(),
+        "num_tokens": trained.sum(),
+        "logprob_diff": zero,
+        "logprob_diff_k3": zero,
+        "logprob_diff_max": zero,
+        "num_compared": zero,
+    }
+    if "rollout_logprobs" in batch.values:
+        difference = logprob_difference(batch.values["rollout_logprobs"], output.logprobs, batch.mask)
+        sums |= {**difference, "num_compared": difference["num_tokens"]}
+    return sums
+
+
+def means(observed: dict[str, float]) -> dict[str, float]:
+    """Token means of what was observed; the difference to the engine only where there was something to compare."""
+    result = {"entropy": observed["entropy"] / max(observed["num_tokens"], 1)}
+    if observed["num_compared"]:
+        result["logprob_diff_mean"] = observed["logprob_diff"] / observed["num_compared"]
+        result["logprob_diff_max"] = observed["logprob_diff_max"]
+        result["logprob_diff_k3"] = observed["logprob_diff_k3"] / observed["num_compared"]
+    return result
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], timeouts: int, seconds: dict[str, float]) -> dict[str, Any]:
+    """What the responses of a step say before anything is computed on them.
+
+    `num_tokens` counts prompts and responses; `truncated_frac` the responses that ended by their length.
+    """
+    rewards = [float(rollout.reward) for rollout in rollouts if rollout.reward is not None]
+    num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+    return {
+        "reward_mean": sum(rewards) / len(rewards),
+        "accuracy": sum(reward >= 1 for reward in rewards) / len(rewards),
+        "response_len_mean": sum(len(rollout.response_tokens) for rollout in rollouts) / len(rollouts),
+        "truncated_frac": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        "zero_spread_groups": num_zero_spread_groups(rewards, [rollout.group for rollout in rollouts]),
+        "reward_timeouts": timeouts,
+        "num_tokens": num_tokens,
+        "tokens_per_s": num_tokens / seconds["step"],
+        **{f"time/{part}": value for part, value in seconds.items()},
+    }
+
+
+def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, Any]:
+    """Loss and gradient norm of each optimizer step; ratios and clipping over the tokens of all of them."""
+    tokens = max(sum(update.sums["num_tokens"] for update in updates), 1)
+
+    def mean(name: str) -> float:
+        return sum(update.sums[name] for update in updates) / tokens
+
+    return {
+        "loss": [update.loss for update in updates],
+        "grad_norm": [update.grad_norm for update in updates],
+        "clip_frac": mean("clip_frac"),
+        "clip_frac_dual": mean("clip_frac_dual"),
+        "ratio_mean": mean("ratio"),
+        **({"kl": mean("kl")} if "kl" in updates[0].sums else {}),
+    }
+
+
+def console_line(metrics: dict[str, Any], num_steps: int) -> str:
+    """One step for the eye.
+
+    >>> console_line({"step": 3, "phase": "layer:2", "reward_mean": 0.5, "loss": [0.1, 0.3], "grad_norm": [1.0, 2.0],
+    ...     "entropy": 1.25, "response_len_mean": 7.5, "tokens_per_s": 812.0, "time/step": 2.0}, 40)
+    'step   3/40  layer:2   reward 0.500  loss 0.2000  grad 1.500  entropy 1.250  length 7.5  2.0 s, 812 tokens/s'
+    """
+    loss, grad_norm = (sum(metrics[name]) / len(metrics[name]) for name in ("loss", "grad_norm"))
+    return (
+        f"step {metrics['step']:3d}/{num_steps}  {metrics['phase']:<8}  reward {metrics['reward_mean']:.3f}  "
+        f"loss {loss:.4f}  grad {grad_norm:.3f}  entropy {metrics['entropy']:.3f}  "
+        f"length {metrics['response_len_mean']:.1f}  {metrics['time/step']:.1f} s, "
+        f"{metrics['tokens_per_s']:.0f} tokens/s"
+    )

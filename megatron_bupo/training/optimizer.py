@@ -1,0 +1,136 @@
+"""One optimizer for both phases: parameter groups cut where the schedule's policies begin and end.
+
+A policy trains the embedding, the unembedding and every layer that its distribution passes through. What it does not
+pass through has no gradient, and is skipped whole: parameters, moments and step count stay exactly as they were, as
+torch skips a parameter without gradient. Megatron's buffers hold zeros there instead, which Adam would still decay.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from torch import nn
+
+from megatron_bupo.config import OptimizerConfig
+from megatron_bupo.policy_spec import PolicySpec
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_AFTER_ATTENTION = ("pre_mlp_layernorm.", "mlp.")
+
+
+def trains(spec: PolicySpec, name: str) -> bool:
+    """Whether the gradient of the policy `spec` reaches a parameter.
+
+    Args:
+        name: the parameter's name in a GPTModel, with the global index of its layer (from 0).
+
+    >>> trains(PolicySpec.parse("attn:2"), "decoder.layers.1.mlp.linear_fc1.weight")
+    False
+    """
+    if spec.is_full:
+        return True
+    if name.startswith("decoder.final_layernorm."):
+        return spec.norm
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return True  # embedding and unembedding
+    layer, rest = int(match[1]) + 1, match[2]
+    assert spec.layer is not None
+    if layer == spec.layer and spec.module == "attn":
+        return not rest.startswith(_AFTER_ATTENTION)
+    return layer <= spec.layer
+
+
+class PhaseOptimizer:
+    """Megatron's optimizer, plain or distributed, of which only the groups that a policy trains take a step.
+
+    Args:
+        model: the wrapped model chunks of this rank.
+        parameters: (global name, parameter) of every chunk.
+        specs: the policies of the whole schedule.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        model: Sequence[DistributedDataParallel],
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        specs: Sequence[PolicySpec],
+        dtype: torch.dtype,
+    ) -> None:
+        self._weight_decay = config.weight_decay
+        # A group is the set of policies that train it, as a bit mask: the same on every rank.
+        masks = {
+            param: sum(1 << bit for bit, spec in enumerate(specs) if trains(spec, name)) for name, param in parameters
+        }
+        self._bits = {spec: 1 << bit for bit, spec in enumerate(specs)}
+        overrides: dict[ParamKey, Any] = {
+            ParamKey(predicate=ParamPredicate(f"trained by {mask:b}", lambda param, mask=mask: masks[param] == mask)): {
+                "trained_by": mask
+            }
+            for mask in sorted(set(masks.values()))
+        }
+        # Given overrides, Megatron drops its default: no weight decay on norms and biases.
+        overrides[ParamKey(predicate=ParamPredicate("vector", lambda param: param.dim() == 1))] = {"wd_mult": 0.0}
+        self._optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                adam_eps=config.adam_eps,
+                clip_grad=config.clip_grad,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=config.use_distributed_optimizer,
+            ),
+            list(model),
+            config_overrides=overrides,
+        )
+
+    @contextmanager
+    def _only(self, spec: PolicySpec) -> Iterator[list[dict[str, Any]]]:
+        """Hide the groups that `spec` does not train from everything that the optimizer does."""
+        inner = [chained.optimizer for chained in self._optimizer.chained_optimizers if chained.optimizer is not None]
+        every_group = [optimizer.param_groups for optimizer in inner]
+        bit = self._bits[spec]
+        try:
+            for optimizer in inner:
+                optimizer.param_groups = [group for group in optimizer.param_groups if group["trained_by"] & bit]
+            yield [group for optimizer in inner for group in optimizer.param_groups]
+        finally:
+            for optimizer, groups in zip(inner, every_group, strict=True):
+                optimizer.param_groups = groups
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def step(self, spec: PolicySpec, lr: float) -> float:
+        """Clip and apply the gradients of what `spec` trains.
+
+        Returns:
+            The gradient's L2 norm before clipping, over the parameters that train, tied weights once.
+
+        Raises:
+            FloatingPointError: the norm is not finite; no parameter has been touched.
+        """
+        with self._only(spec) as groups:
+            for group in groups:
+                group["lr"] = lr
+                group["weight_decay"] = self._weight_decay * group["wd_mult"]
+            self._optimizer.prepare_grads()
+            norm = float(self._optimizer.get_grad_norm())
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient norm of policy '{spec}' is {norm}: no step was taken")
+            self._optimizer.step()
+        return norm

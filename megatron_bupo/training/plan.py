@@ -1,0 +1,121 @@
+"""What `train --dry-run` prints: the resolved run, before any process group or file exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from megatron_bupo.config import TrainConfig
+from megatron_bupo.flags import Group, flag_name
+from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.rl.schedule import PolicySchedule
+
+_GB = 1e9
+
+
+def describe_plan(config: TrainConfig, arch: Architecture, schedule: PolicySchedule, world_size: int) -> str:
+    """Flags, phases, layout, memory and files, as text for a person."""
+    return "\n".join(
+        [
+            "flags",
+            *(f"  {line}" for line in _flags(config)),
+            "phases",
+            f"  {schedule.describe()}",
+            "layout",
+            f"  {_layout(config, arch, world_size)}",
+            "memory on the fullest rank, estimated (GB = 10^9 bytes)",
+            *(f"  {name:<32}{size / _GB:9.3f} GB" for name, size in memory_estimate(config, arch, world_size).items()),
+            "files that would be written",
+            *(f"  {line}" for line in _files(config) or ["none: give --save DIR to keep the run"]),
+        ]
+    )
+
+
+def _flags(group: Group) -> Iterator[str]:
+    for declared in fields(group):  # type: ignore[arg-type]
+        value = getattr(group, declared.name)
+        if isinstance(value, Group):
+            yield from _flags(value)
+        elif value is not None:
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{flag_name(declared.name)} {shown}"
+
+
+def _data_parallel_size(config: TrainConfig, world_size: int) -> int:
+    parallel = config.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return max(world_size // ranks, 1)
+
+
+def _layout(config: TrainConfig, arch: Architecture, world_size: int) -> str:
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    data = _data_parallel_size(config, world_size)
+    stages = pipeline * virtual
+    return (
+        f"{tensor * pipeline * data} process(es) = TP {tensor} x PP {pipeline} x DP {data}; {arch.num_layers} layers in "
+        f"{stages} stage(s) of {arch.num_layers // stages}; sequence parallelism "
+        f"{'on' if parallel.sequence_parallel else 'off'}"
+    )
+
+
+def parameter_counts(arch: Architecture) -> dict[str, int]:
+    """Parameters of one layer, of the embedding and of an unembedding of its own (0 if tied)."""
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    attention = arch.hidden_size * arch.head_dim * (2 * heads + 2 * groups)
+    bias = arch.head_dim * (heads + 2 * groups) if arch.qkv_bias else 0
+    norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
+    embedding = arch.vocab_size * arch.hidden_size
+    return {
+        "layer": attention + bias + norms + 3 * arch.hidden_size * arch.ffn_hidden_size,
+        "embedding": embedding,
+        "unembedding": 0 if arch.tied else embedding,
+    }
+
+
+def memory_estimate(config: TrainConfig, arch: Architecture, world_size: int) -> dict[str, float]:
+    """Bytes on the rank that holds most: parameters, gradients, optimizer, and the activations of one micro-batch.
+
+    Activations: 34 bytes per token, hidden unit and layer in 16 bit, twice that in fp32 (Korthikanti et al., arXiv
+    2205.05198, without attention scores, which are never stored); with full recompute the layers' inputs alone.
+    """
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    counts = parameter_counts(arch)
+    # Tied or not, with a pipeline a first or last stage holds one matrix of the vocabulary's size.
+    ends = counts["embedding"] + (counts["unembedding"] if pipeline == 1 else 0)
+    parameters = (counts["layer"] * arch.num_layers / pipeline + ends) / tensor
+    width = 2 if config.model.bf16 else 4
+    # Moments, and the fp32 masters of bf16 weights.
+    state = parameters * (12 if config.model.bf16 else 8)
+    if config.optimizer.use_distributed_optimizer:
+        state /= _data_parallel_size(config, world_size)
+    tokens = config.batch.max_tokens_per_micro_batch
+    per_layer = (1 if parallel.recompute_granularity == "full" else 17) * width * tokens * arch.hidden_size
+    # A pipeline keeps as many micro-batches in flight as it has stages: PP x layers / PP.
+    sizes = {
+        "parameters": parameters * width,
+        "gradients (fp32)": parameters * 4,
+        "optimizer (fp32)": state,
+        "activations": per_layer * arch.num_layers / tensor,
+    }
+    if config.rollout.load_rollouts is None:
+        whole = counts["layer"] * arch.num_layers + counts["embedding"] + counts["unembedding"]
+        sizes["embedded engine's model"] = float(whole * width)
+    return sizes | {"sum": sum(sizes.values())}
+
+
+def _files(config: TrainConfig) -> list[str]:
+    run, files = config.run, []
+    if run.save:
+        files += [str(Path(run.save) / name) for name in ("run.json", "metrics.jsonl")]
+    board = run.tensorboard_dir or (str(Path(run.save) / "tensorboard") if run.save else None)
+    if board:
+        files.append(f"{board}/ (TensorBoard)")
+    if config.rollout.save_rollouts:
+        files.append(f"{config.rollout.save_rollouts}/step_000001.jsonl ... ({config.schedule.train_iters} files)")
+    if run.save_hf:
+        files.append(f"{run.save_hf}/ (HuggingFace folder)")
+    return files

@@ -1,0 +1,213 @@
+"""The training loop. `Trainer.step` is the algorithm on one screen: read it from the top."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_bupo.config import TrainConfig
+from megatron_bupo.data.batches import pack_for
+from megatron_bupo.data.packing import split_mini_batches
+from megatron_bupo.data.rollout_files import step_file, write_rollouts
+from megatron_bupo.model.policy import PolicyOutput
+from megatron_bupo.parallel.reduce import reduce_everywhere
+from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.rl.advantages import advantages
+from megatron_bupo.rl.losses import LossConfig
+from megatron_bupo.rl.schedule import PolicySchedule, learning_rate
+from megatron_bupo.rollout.source import RolloutSource
+from megatron_bupo.samples import MicroBatch, Rollout
+from megatron_bupo.tracking import Metrics, Tracker
+from megatron_bupo.training.actor import Actor
+from megatron_bupo.training.metrics import (
+    OBSERVED_MAXIMA,
+    OBSERVED_SUMS,
+    console_line,
+    means,
+    observe,
+    rollout_metrics,
+    update_metrics,
+)
+
+FULL = PolicySpec()
+
+
+def loss_config(config: TrainConfig) -> LossConfig:
+    """The loss of a run; dr-grpo brings its own aggregation."""
+    algorithm = config.algorithm
+    is_dr_grpo = algorithm.advantage_estimator == "dr-grpo"
+    return LossConfig(
+        clip_ratio_low=algorithm.clip_ratio_low,
+        clip_ratio_high=algorithm.clip_ratio_high,
+        dual_clip=algorithm.dual_clip,
+        loss_aggregation="dr-grpo" if is_dr_grpo else algorithm.loss_aggregation,
+        kl_loss_coef=algorithm.kl_loss_coef,
+        kl_type=algorithm.kl_type,
+        entropy_coef=algorithm.entropy_coef,
+        max_response_len=config.rollout.rollout_max_response_len,
+    )
+
+
+class Trainer:
+    """BuPO: GRPO on an internal policy for the first steps, then on the full one (or any other schedule).
+
+    The rollouts are the full policy's in every phase; the ratios are the trained policy's, both sides recomputed here
+    (arXiv 2512.19673, section 4).
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        schedule: PolicySchedule,
+        actor: Actor,
+        source: RolloutSource,
+        state: ParallelState,
+        tracker: Tracker | None,
+    ) -> None:
+        self.config, self.schedule, self.actor, self.source, self.state = config, schedule, actor, source, state
+        self.tracker = tracker
+        self.loss = loss_config(config)
+        self.temperature = config.rollout.rollout_temperature
+        self._reference = actor.snapshot() if self.loss.kl_loss_coef else None
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        """All steps, with a line on the console for each."""
+        steps = range(1, self.config.schedule.train_iters + 1)
+        with tqdm(total=len(steps), desc="train", unit="step", disable=self.state.rank != 0) as bar:
+            for step in steps:
+                metrics = self.step(step)
+                if self.tracker is not None:
+                    self.tracker.log(metrics)
+                    bar.write(console_line(metrics, len(steps)))
+                bar.update()
+
+    def step(self, step: int) -> Metrics:
+        """One rollout batch: generate, score, update, hand the weights to the engine."""
+        started = time.perf_counter()
+        self._seconds = {}
+        before = self.actor.norms.snapshot()
+        spec = self.schedule.at(step)
+        batch = self.source.rollouts(step)
+        if self.config.rollout.save_rollouts and self.state.rank == 0:
+            write_rollouts(step_file(self.config.rollout.save_rollouts, step), batch.rollouts)
+        mini_batches = self._pack(batch.rollouts)
+        with self._timed("old_logprobs"):
+            scored = self._score_old(mini_batches, spec)
+        with self._timed("monitor"):
+            watched = scored if spec.is_full else self._watch_full_policy(batch.rollouts)
+        lr = self._learning_rate(step)
+        with self._timed("update"):
+            updates = [self.actor.update(batches, spec, self.loss, lr, self.temperature) for batches in mini_batches]
+        with self._timed("weight_sync"):
+            self.source.update_weights(self.actor.hf_tensors(), version=str(step))
+
+        seconds = batch.seconds | self._seconds | {"step": time.perf_counter() - started}
+        return {
+            "step": step,
+            "phase": str(spec),
+            **rollout_metrics(batch.rollouts, batch.reward_timeouts, seconds),
+            **update_metrics(updates),
+            "lr": lr,
+            "entropy": scored["entropy"],
+            **({"entropy_full": watched["entropy"]} if watched else {}),
+            **{name: value for name, value in watched.items() if name.startswith("logprob_diff")},
+            **self._movement(before),
+        }
+
+    def _movement(self, before: list[Tensor]) -> Metrics:
+        """How far the parameters went in this step, and how much of it bf16 hides from the engine."""
+        drift = self.actor.norms.master_drift()
+        norms = self.actor.norms.update_norms(before)
+        return {
+            **({} if drift is None else {"master_drift": drift}),
+            **{f"update_norm/{part}": norm for part, norm in norms.items()},
+        }
+
+    def _pack(self, rollouts: list[Rollout]) -> list[list[MicroBatch]]:
+        """Mini-batches of micro-batches of this data-parallel rank, with what the loss needs of every response."""
+        rewards = [rollout.reward for rollout in rollouts]
+        assert all(reward is not None for reward in rewards), "every response has a reward by now"
+        values = advantages(
+            [float(reward) for reward in rewards if reward is not None],
+            [rollout.group for rollout in rollouts],
+            self.config.algorithm.advantage_estimator,
+        )
+        size = self.config.batch.global_batch_size or len(rollouts)
+        max_tokens = self.config.batch.max_tokens_per_micro_batch
+        mini_batches = [
+            pack_for(self.state, responses, max_tokens, offset)
+            for offset, responses in split_mini_batches(rollouts, size)
+        ]
+        for batch in (batch for batches in mini_batches for batch in batches):
+            chosen = values[batch.responses].to(self.state.device)
+            batch.values["advantages"] = chosen[batch.segments]
+            self._add_engine_logprobs(batch, rollouts)
+        return mini_batches
+
+    def _add_engine_logprobs(self, batch: MicroBatch, rollouts: list[Rollout]) -> None:
+        """The engine's log-probs as a column; rollouts from elsewhere may lack them."""
+        lists = [rollouts[index].rollout_logprobs for index in batch.responses]
+        if all(logprobs is not None for logprobs in lists):
+            flat = [value for logprobs in lists if logprobs is not None for value in logprobs]
+            batch.values["rollout_logprobs"] = torch.tensor(flat, dtype=torch.float32, device=self.state.device)
+
+    def _score_old(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> dict[str, float]:
+        """Give every micro-batch its old (and reference) log-probs; what was seen of the policy on the way."""
+        seen: list[dict[str, Tensor]] = []
+        for batches in mini_batches:
+            outputs = self.actor.score(batches, spec, self.temperature)
+            seen += self._keep(batches, outputs, "old_logprobs")
+            if self._reference is not None:
+                with self.actor.weights_of(self._reference):
+                    references = self.actor.score(batches, spec, self.temperature)
+                self._keep(batches, references, "ref_logprobs")
+        return self._observed(seen)
+
+    def _keep(self, batches: list[MicroBatch], outputs: list[PolicyOutput], column: str) -> list[dict[str, Tensor]]:
+        """Note the log-probs as a column of the micro-batches, on the last stage, which alone has outputs."""
+        seen = []
+        for batch, output in zip(batches if outputs else [], outputs, strict=True):
+            batch.values[column] = output.logprobs
+            seen.append(observe(batch, output))
+        return seen
+
+    def _watch_full_policy(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """In an internal phase: the full policy's entropy and distance to the engine, on the first responses."""
+        count = self.config.batch.monitor_responses
+        if count == 0:
+            return {}
+        batches = pack_for(self.state, rollouts[:count], self.config.batch.max_tokens_per_micro_batch)
+        for batch in batches:
+            self._add_engine_logprobs(batch, rollouts)
+        outputs = self.actor.score(batches, FULL, self.temperature)
+        return self._observed(self._keep(batches, outputs, "full_logprobs"))
+
+    def _observed(self, seen: list[dict[str, Tensor]]) -> dict[str, float]:
+        return means(reduce_everywhere(self.state, seen, OBSERVED_SUMS, OBSERVED_MAXIMA))
+
+    def _learning_rate(self, step: int) -> float:
+        optimizer = self.config.optimizer
+        return learning_rate(
+            step,
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            lr_decay_style=optimizer.lr_decay_style,
+            lr_warmup_iters=optimizer.lr_warmup_iters,
+            train_iters=self.config.schedule.train_iters,
+        )
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Seconds that a part of the step takes; on a GPU the queue is emptied before the clock is read."""
+        started = time.perf_counter()
+        yield
+        if self.state.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started

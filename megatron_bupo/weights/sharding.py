@@ -1,0 +1,146 @@
+"""From HuggingFace files into the parameters of a parallel model, and from there back as a stream of HF tensors.
+
+Both read the weight table and nothing else. Names here are global: `decoder.layers.{i}` with i from 0 over the whole
+model, whatever the pipeline stage or the virtual stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.layouts import Mapping, Replicated
+from megatron_bupo.weights.table import WeightTable, table_for
+
+_LOCAL_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
+
+
+def global_name(local_name: str, layer_offset: int) -> str:
+    """`decoder.layers.{i}...` with the stage's local index made global; `layer_offset` layers come before it."""
+    return _LOCAL_LAYER.sub(lambda match: str(int(match[0]) + layer_offset), local_name)
+
+
+def global_named_parameters(chunks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of this rank's model chunks (GPTModels, wrapped or not) under their global names."""
+    for chunk in chunks:
+        while isinstance(inner := getattr(chunk, "module", None), nn.Module):  # DDP and Float16Module hold it there
+            chunk = inner
+        layers = chunk.decoder.layers  # type: ignore[union-attr]
+        # Megatron numbers layers from 1 over the whole model; a stage may have none at all.
+        offset = int(layers[0].layer_number) - 1 if len(layers) else 0  # type: ignore[union-attr, index, arg-type]
+        for name, parameter in chunk.named_parameters():
+            yield global_name(name, offset), parameter
+
+
+def load_hf(
+    named_params: Iterable[tuple[str, nn.Parameter]],
+    weights: HFWeights,
+    arch: Architecture,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fill this rank's parameters from the files, reading only its slices, cast to each parameter's dtype.
+
+    No communication. `progress(done, total)` is called after every parameter.
+
+    Raises:
+        UsageError: what `HFWeights.check` refuses; NaN or infinite values in a slice of this rank (other ranks may
+            not see them: agree on the outcome before the next collective).
+    """
+    table = table_for(arch)
+    weights.check(table)
+    params = dict(named_params)
+    _assert_whole_layers(table, params)
+    for done, (name, parameter) in enumerate(params.items(), start=1):
+        mapping, layer = table.lookup(name)
+        slices = [weights.slice(hf_name) for hf_name in mapping.hf_names(layer)]
+        shard = mapping.layout.shard(slices, arch, tp_rank, tp_size)
+        assert shard.shape == parameter.shape, f"{name}: {list(shard.shape)} for {list(parameter.shape)}"
+        with torch.no_grad():
+            parameter.copy_(shard)
+        if progress is not None:
+            progress(done, len(params))
+
+
+def hf_tensors(
+    named_params: Iterable[tuple[str, nn.Parameter]],
+    arch: Architecture,
+    tp_group: dist.ProcessGroup | None = None,
+    pp_group: dist.ProcessGroup | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The whole model as HuggingFace tensors, one after the other, the same on every rank and in every layout.
+
+    Order: embedding, layers, final norm, unembedding. Tensors are on the parameters' device, in their dtype; a
+    replicated one may be the parameter's own memory. A collective: every rank of both groups must draw all of them.
+    None for a group means that it has one rank.
+    """
+    table = table_for(arch)
+    params = {_key(table, name): parameter.detach() for name, parameter in named_params}
+    tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
+    owners, dtypes = _owners(params, pp_group)
+    pp_rank = 0 if pp_group is None else dist.get_rank(pp_group)
+    device = next(iter(params.values())).device if params else torch.device("cpu")
+    for mapping, layer in table:
+        if not mapping.export:
+            continue
+        name = mapping.megatron_name(layer)
+        assert name in owners, f"no pipeline stage has {name}"
+        if owners[name] == pp_rank:
+            shards = _gather(mapping, params[name], tp_size, tp_group)
+            whole: Sequence[Tensor] = mapping.layout.merge(shards, arch)
+        else:
+            shapes = mapping.layout.hf_shapes(arch)
+            whole = [torch.empty(shape, dtype=dtypes[name], device=device) for shape in shapes]
+        for hf_name, tensor in zip(mapping.hf_names(layer), whole, strict=True):
+            if pp_group is not None:
+                tensor = tensor.contiguous()
+                dist.broadcast(tensor, dist.get_global_rank(pp_group, owners[name]), group=pp_group)
+            yield hf_name, tensor
+
+
+def _key(table: WeightTable, name: str) -> str:
+    """The local spec's spelling of a parameter's name, which all stages share."""
+    mapping, layer = table.lookup(name)
+    return mapping.megatron_name(layer)
+
+
+def _owners(
+    params: dict[str, Tensor], pp_group: dist.ProcessGroup | None
+) -> tuple[dict[str, int], dict[str, torch.dtype]]:
+    """Which pipeline rank has a parameter (the first, of several), and its dtype there."""
+    mine = {name: parameter.dtype for name, parameter in params.items()}
+    stages: list[dict[str, torch.dtype]] = [mine]
+    if pp_group is not None:
+        stages = [{} for _ in range(dist.get_world_size(pp_group))]
+        dist.all_gather_object(stages, mine, group=pp_group)
+    owners: dict[str, int] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for rank, stage in enumerate(stages):
+        for name, dtype in stage.items():
+            owners.setdefault(name, rank)
+            dtypes.setdefault(name, dtype)
+    return owners, dtypes
+
+
+def _gather(mapping: Mapping, shard: Tensor, tp_size: int, tp_group: dist.ProcessGroup | None) -> list[Tensor]:
+    if tp_size == 1 or isinstance(mapping.layout, Replicated):
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(tp_size)]
+    dist.all_gather(shards, shard.contiguous(), group=tp_group)
+    return shards
+
+
+def _assert_whole_layers(table: WeightTable, params: dict[str, nn.Parameter]) -> None:
+    """A parameter that the model lacks would be left out in silence (say q/k norms that nobody switched on)."""
+    present = {_key(table, name) for name in params}
+    layers = {table.lookup(name)[1] for name in params} - {None}
+    for layer in layers:
+        expected = {mapping.megatron_name(layer) for mapping in table.mappings if mapping.per_layer}
+        assert expected <= present, f"the model lacks {sorted(expected - present)}"

@@ -1,0 +1,54 @@
+"""Start a script of this folder under torchrun, as a user would, with one thread a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# name -> (processes, flags); every proof runs in each of them.
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "TP1": (1, []),
+    "TP2": (2, ["--tensor-model-parallel-size", "2"]),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "TP2xPP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+    "PP2xVPP2": (
+        2,
+        ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+    ),
+    "TP2+SP": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "DP2": (2, []),
+}
+
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "2"]
+
+
+def torchrun(processes: int, *command: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    """Run `python -m torch.distributed.run ... command` and return what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            *command,
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def assert_passed(result: subprocess.CompletedProcess[str]) -> None:
+    """Fail with what the ranks printed, without torchrun's banner."""
+    lines = (result.stdout + result.stderr).splitlines()
+    told = [line for line in lines if line.startswith(("[rank", "off:"))][-60:]
+    assert result.returncode == 0, "\n".join(told)

@@ -1,0 +1,123 @@
+"""Under torchrun: replay every training case in one layout and compare with the HuggingFace loop.
+
+Arguments: CASES (from test_train.py), then the layout's flags. Exits 1 if anything is off.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bupo.cli import parse
+from megatron_bupo.config import TrainConfig
+from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.parallel.setup import ParallelState, parallel_state
+from megatron_bupo.rl.schedule import PolicySchedule
+from megatron_bupo.rollout.source import Replay
+from megatron_bupo.weights.hf_files import HFWeights
+from tests.parallel.launch import RECOMPUTE
+from tests.parallel.train_reference import ADAM_EPS, LR, TEMPERATURE
+
+VARIANTS: dict[str, list[str]] = {
+    "plain": [],
+    "distributed": ["--use-distributed-optimizer"],
+    "recompute": RECOMPUTE,
+    "cut otherwise": ["--max-tokens-per-micro-batch", "45"],
+}
+
+
+def config_for(cases: Path, model: str, schedule: str, flags: list[str]) -> TrainConfig:
+    words = ["--hf-model", str(cases / model), "--load-rollouts", str(cases / "rollouts"), "--policy-schedule", schedule]
+    words += ["--train-iters", "5", "--rollout-batch-size", "4", "--n-samples-per-prompt", "2"]
+    words += ["--global-batch-size", "4", "--lr", str(LR), "--adam-eps", str(ADAM_EPS)]
+    words += ["--rollout-temperature", str(TEMPERATURE), "--max-tokens-per-micro-batch", "100"]
+    config = parse("train", [*words, *flags])
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def build(config: TrainConfig, state: ParallelState, dtype: torch.dtype = torch.float32) -> Any:
+    from megatron_bupo.training.actor import Actor
+    from megatron_bupo.training.trainer import Trainer
+
+    folder = config.model.hf_model
+    assert config.schedule.policy_schedule is not None and config.rollout.load_rollouts is not None
+    schedule = PolicySchedule.parse(config.schedule.policy_schedule, config.schedule.train_iters)
+    arch = Architecture.from_hf(folder)
+    actor = Actor(arch, HFWeights(folder), config.parallel, config.optimizer, state, dtype, schedule.specs)
+    return Trainer(config, schedule, actor, Replay(config.rollout.load_rollouts), state, None)
+
+
+def check_untouched(trainer: Any, before: dict[str, torch.Tensor], trained_later: set[str]) -> None:
+    """After phase 1 what it does not train is bit-identical, and Adam has no state for it."""
+    inner = [part.optimizer for part in trainer.actor.optimizer._optimizer.chained_optimizers]
+    names = dict(trainer.actor.named_parameters())
+    for name in trained_later & names.keys():
+        assert torch.equal(names[name], before[name]), f"{name} moved in phase 1"
+    spec = trainer.schedule.at(1)
+    bit = trainer.actor.optimizer._bits[spec]
+    for optimizer in inner:
+        for group in optimizer.param_groups:
+            states = [optimizer.state[param] for param in group["params"] if param in optimizer.state]
+            if group["trained_by"] & bit:
+                assert all(float(state["step"]) == 4 for state in states), "two updates in each of two steps"
+            else:
+                assert not any(states), "Adam has moments or steps for what phase 1 does not train"
+
+
+def not_trained(module: str, layer: int, names: set[str]) -> set[str]:
+    """Written out by hand from the paper's definitions: what the gradient of a policy does not reach."""
+    untouched = set()
+    for name in names:
+        if name.startswith("decoder.layers."):
+            number = int(name.split(".")[2]) + 1
+            behind_attention = ".mlp." in name or "pre_mlp_layernorm" in name
+            if number > layer or (number == layer and module == "attn" and behind_attention):
+                untouched.add(name)
+        elif name.startswith("decoder.final_layernorm"):
+            untouched.add(name)
+    return untouched
+
+
+def run_case(case: dict[str, Any], cases: Path, variant: str, flags: list[str], state: ParallelState) -> list[str]:
+    config = config_for(cases, case["model"], case["schedule"], [*flags, *VARIANTS[variant]])
+    trainer = build(config, state)
+    before = {name: param.detach().clone() for name, param in trainer.actor.named_parameters()}
+    problems = []
+    for step in range(1, 6):
+        metrics = trainer.step(step)
+        if step == 2 and case["internal_first"]:
+            module, layer = case["schedule"].split("x")[0].split(":")
+            check_untouched(trainer, before, not_trained(module, int(layer), set(before)))
+        for name in ("loss", "grad_norm"):
+            for got, expected in zip(metrics[name], case[name][step - 1], strict=True):
+                if not abs(got - expected) <= 1e-5 + 1e-4 * abs(expected):
+                    problems.append(f"step {step} {name}: {got} instead of {expected}")
+        if not abs(metrics["entropy"] - case["entropy"][step - 1]) < 1e-5:
+            problems.append(f"step {step} entropy: {metrics['entropy']} instead of {case['entropy'][step - 1]}")
+    exported = dict(trainer.actor.hf_tensors())
+    worst = {name: float((value - case["state"][name]).abs().max()) for name, value in exported.items()}
+    problems += [f"{name}: parameters off by {value:.1e}" for name, value in worst.items() if not value < 1e-5]
+    missing = case["state"].keys() - exported.keys() - {"lm_head.weight" if case["tied"] else ""}
+    problems += [f"{name}: not exported" for name in missing]
+    return problems
+
+
+def main() -> None:
+    cases, flags = Path(sys.argv[1]), sys.argv[2:]
+    config = config_for(cases, "qwen3-tied", "full", flags)
+    reference = torch.load(cases / "reference.pt", weights_only=True)
+    problems = []
+    with parallel_state(config.parallel, seed=1) as state:
+        for name, case in reference.items():
+            for variant in VARIANTS:
+                problems += [f"{name} {variant}: {line}" for line in run_case(case, cases, variant, flags, state)]
+    if problems:
+        sys.exit("\n".join(f"off: {line}" for line in problems[:30]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Advantage estimators against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_bupo.errors import UsageError
+from megatron_bupo.rl.advantages import ESTIMATORS, advantages, num_zero_spread_groups
+
+# Group 7: rewards 0, 3, 3 (mean 2, deviations -2 1 1, unbiased variance 6 / 2 = 3); group 2: 1, 0 (mean 1/2,
+# deviations 1/2 -1/2, variance 1/2). The members are interleaved on purpose.
+REWARDS = [0.0, 1.0, 3.0, 0.0, 3.0]
+GROUPS = [7, 2, 7, 2, 7]
+ROOT_3 = math.sqrt(3) + 1e-6
+ROOT_HALF = math.sqrt(0.5) + 1e-6
+# All five: mean 7/5, deviations -1.4 -0.4 1.6 -1.4 1.6, squares sum to 9.2, unbiased variance 9.2 / 4 = 2.3.
+ROOT_2_3 = math.sqrt(2.3) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("grpo", [-2 / ROOT_3, 0.5 / ROOT_HALF, 1 / ROOT_3, -0.5 / ROOT_HALF, 1 / ROOT_3]),
+        ("dr-grpo", [-2.0, 0.5, 1.0, -0.5, 1.0]),
+        # 0 - (3 + 3) / 2, 1 - 0, 3 - (0 + 3) / 2, 0 - 1, 3 - (0 + 3) / 2
+        ("rloo", [-3.0, 1.0, 1.5, -1.0, 1.5]),
+        ("reinforce++", [-1.4 / ROOT_2_3, -0.4 / ROOT_2_3, 1.6 / ROOT_2_3, -1.4 / ROOT_2_3, 1.6 / ROOT_2_3]),
+    ],
+)
+def test_by_hand(estimator, expected):
+    result = advantages(REWARDS, GROUPS, estimator)
+    assert result.dtype == torch.float32
+    assert result.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_equal_rewards_give_exactly_zero(estimator):
+    # The fp64 mean of three 0.1 is not 0.1, so a plain R - mean would not be 0.
+    assert advantages([0.1, 0.1, 0.1], [4, 4, 4], estimator).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_tiny_spread_is_damped_by_epsilon():
+    # Deviations -+1e-9 / 2, unbiased std 1e-9 / sqrt 2: the denominator is 1e-6 + 7.07e-10.
+    expected = 0.5e-9 / (1e-6 + 1e-9 / math.sqrt(2))
+    assert advantages([0.0, 1e-9], [0, 0], "grpo").tolist() == pytest.approx([-expected, expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr-grpo", "rloo"])
+def test_a_group_of_one_is_refused_by_name(estimator):
+    with pytest.raises(UsageError, match="group 9 has 1 response"):
+        advantages([1.0, 0.0, 1.0], [3, 3, 9], estimator)
+
+
+def test_reinforce_needs_no_groups_but_two_responses():
+    assert advantages([0.0, 2.0], [0, 1], "reinforce++").tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-5)
+    with pytest.raises(UsageError, match="2 responses or more"):
+        advantages([1.0], [0], "reinforce++")
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(UsageError, match="none of: grpo"):
+        advantages([1.0, 0.0], [0, 0], "gae")
+    with pytest.raises(UsageError, match="record 2 is nan"):
+        advantages([1.0, math.nan], [0, 0], "grpo")
+
+
+def test_num_zero_spread_groups():
+    assert num_zero_spread_groups(REWARDS, GROUPS) == 0
+    assert num_zero_spread_groups([1.0, 0.0, 1.0, 0.0, 5.0], [1, 2, 1, 2, 3]) == 3
+    assert num_zero_spread_groups([1.0, 0.0, 0.0, 0.0], [1, 2, 1, 2]) == 1

@@ -1,0 +1,343 @@
+"""The command line: every flag's bad values, the YAML file, and how errors leave the program."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bupo import __main__ as program
+from megatron_bupo.cli import COMMANDS, flags_of, parse
+from megatron_bupo.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+NOT_INTEGERS = ["1.5", "many", ""]
+NOT_NUMBERS = ["many", "", "1e"]
+BAD_VALUES: dict[str, list[tuple[str, str]]] = {
+    "train-iters": [("0", "must be at least 1"), ("-3", "must be at least 1")],
+    "tensor-model-parallel-size": [("0", "must be at least 1")],
+    "pipeline-model-parallel-size": [("0", "must be at least 1")],
+    "num-virtual-stages-per-pipeline-rank": [("0", "must be at least 1"), ("2", "needs --pipeline-model-parallel")],
+    "context-parallel-size": [("0", "must be at least 1"), ("2", "context parallelism is not supported")],
+    "expert-model-parallel-size": [("0", "must be at least 1"), ("2", "expert parallelism is not supported")],
+    "recompute-granularity": [("half", "must be one of full, selective"), ("full", "needs --recompute-method")],
+    "recompute-method": [("all", "must be one of uniform, block"), ("block", "goes only with")],
+    "recompute-num-layers": [("0", "must be at least 1"), ("1", "goes only with")],
+    "lr": [("-1e-6", "must be at least 0"), ("nan", "must be a finite number"), ("-inf", "must be a finite number")],
+    "min-lr": [("-1", "must be at least 0"), ("1", "must be at most --lr")],
+    "lr-decay-style": [("step", "must be one of constant, linear, cosine")],
+    "lr-warmup-iters": [("-1", "must be at least 0"), ("6", "must be at most --train-iters 5")],
+    "weight-decay": [("-0.1", "must be at least 0"), ("inf", "must be a finite number")],
+    "clip-grad": [("-1", "must be at least 0")],
+    "adam-beta1": [("1", "must be at least 0 and less than 1")],
+    "adam-beta2": [("-0.5", "must be at least 0 and less than 1")],
+    "adam-eps": [("0", "must be greater than 0")],
+    "internal-layer": [("0", "must be at least 1")],
+    "internal-steps": [("-1", "must be at least 0")],
+    "internal-module": [("mlp", "must be one of layer, attn, ffn")],
+    "internal-policy-norm": [("rms", "must be one of none, final")],
+    "policy-schedule": [("", "must not be empty")],
+    "advantage-estimator": [("ppo", "must be one of grpo, dr-grpo, rloo, reinforce++")],
+    "clip-ratio-low": [("1", "must be at least 0 and less than 1"), ("-0.2", "must be at least 0")],
+    "clip-ratio-high": [("-0.2", "must be at least 0")],
+    "dual-clip": [("0.5", "must be greater than 1, or 0"), ("-1", "must be at least 0")],
+    "loss-aggregation": [("mean", "must be one of token-mean, seq-mean")],
+    "kl-loss-coef": [("-0.1", "must be at least 0")],
+    "kl-type": [("k4", "must be one of k1, k2, k3")],
+    "entropy-coef": [("-0.1", "must be at least 0")],
+    "prompt-data": [
+        ("no.jsonl", "is not there"),
+        ("no.csv", "must end in .parquet or .jsonl"),
+        ("", "must not be empty"),
+    ],
+    "reward": [("maths", "must be math or FILE.py:function"), ("no.py:f", "is not there"), ("", "must not be empty")],
+    "reward-timeout": [("0", "must be greater than 0")],
+    "reward-workers": [("0", "must be at least 1")],
+    "rollout-max-prompt-len": [("0", "must be at least 1")],
+    "rollout-engine": [("vllm", "must be one of local, sglang"), ("sglang", "is not there yet")],
+    "rollout-batch-size": [("0", "must be at least 1")],
+    "n-samples-per-prompt": [("0", "must be at least 1"), ("1", "give 2 or more")],
+    "rollout-max-response-len": [("0", "must be at least 1")],
+    "rollout-temperature": [("0", "must be greater than 0"), ("-1", "must be greater than 0")],
+    "rollout-top-p": [("0", "must be greater than 0 and at most 1"), ("1.1", "must be greater than 0 and at most 1")],
+    "rollout-micro-batch-size": [("0", "must be at least 1")],
+    "save-rollouts": [("setup.py", "is a file, not a folder")],
+    "load-rollouts": [("no/rollouts", "no such folder")],
+    "global-batch-size": [("0", "must be at least 1"), ("1000", "must divide the 1024 responses")],
+    "max-tokens-per-micro-batch": [("0", "must be at least 1")],
+    "monitor-responses": [("-1", "must be at least 0")],
+    "hf-model": [("no/model", "no such folder"), ("tests", "has no config.json"), ("", "must not be empty")],
+    "save": [("setup.py", "is a file, not a folder"), ("", "must not be empty")],
+    "save-hf": [("setup.py/deeper", "is a file, not a folder")],
+    "save-interval": [("10", "checkpoints are not there yet")],
+    "load": [("runs", "checkpoints are not there yet")],
+    "tensorboard-dir": [("setup.py", "is a file, not a folder"), ("x" * 300, "File name too long")],
+    "seed": [("-1", "must be at least 0"), ("4294967296", "less than 4294967296")],
+    "config": [("no.yaml", "No such file"), ("setup.py", "broken YAML"), ("tests", "Is a directory")],
+    "rollouts": [("no.jsonl", "is not there"), ("tests", "is a folder")],
+    "output": [("tests", "is a folder"), ("setup.py/out", "is a file, not a folder")],
+    "policy": [("layer:0", "none of: full, layer:L"), ("full+layer:3", "weighted sums"), ("", "must not be empty")],
+    "num-prompts": [("0", "must be at least 1")],
+}
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """For each command the fewest flags that it accepts; the working folder is the repository."""
+    monkeypatch.chdir(ROOT)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "data.jsonl").write_text("")
+    model, data, out = ["--hf-model", str(tmp_path)], str(tmp_path / "data.jsonl"), str(tmp_path / "out.jsonl")
+    return {
+        "train": [*model, "--train-iters", "5", "--prompt-data", data],
+        "score": [*model, "--rollouts", data, "--output", out],
+        "generate": [*model, "--prompt-data", data, "--output", out],
+    }
+
+
+def refusal(command: str, given: list[str]) -> str:
+    with pytest.raises(UsageError) as refused:
+        parse(command, given)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def bad_values() -> list[Any]:
+    params = []
+    for command, config in COMMANDS.items():
+        for flag in flags_of(config):
+            name = flag.name.replace("_", "-")
+            cases = [] if flag.type is bool else list(BAD_VALUES[name])  # a new flag must be given its bad values
+            cases += [(text, "must be an integer") for text in NOT_INTEGERS if flag.type is int]
+            cases += [(text, "must be a number") for text in NOT_NUMBERS if flag.type is float]
+            cases += [("=yes", "takes no value")] if flag.type is bool else []
+            for value, expected in cases:
+                if (command, name, value) != ("generate", "n-samples-per-prompt", "1"):
+                    params.append(pytest.param(command, name, value, expected, id=f"{command}-{name}-{value[:12]}"))
+    for value, expected in BAD_VALUES["config"]:
+        params.append(pytest.param("train", "config", value, expected, id=f"train-config-{value}"))
+    return params
+
+
+@pytest.mark.parametrize(("command", "name", "value", "expected"), bad_values())
+def test_bad_values(words: dict[str, list[str]], command: str, name: str, value: str, expected: str) -> None:
+    given = [f"--{name}{value}"] if value.startswith("=") else [f"--{name}", value]
+    message = refusal(command, [*words[command], *given])
+    assert expected in message
+    assert f"--{name}" in message or (value and value in message)
+
+
+def test_values_reach_their_groups(words: dict[str, list[str]]) -> None:
+    given = ["--lr", "3e-4", "--bf16", "--global-batch-size", "256", "--internal-layer", "6", "--internal-steps", "2"]
+    config: Any = parse("train", [*words["train"], *given, "--no-dry-run", "--tensor-model-parallel-size=2"])
+    assert config.optimizer.lr == 3e-4
+    assert config.model.bf16 is True
+    assert config.batch.global_batch_size == 256
+    assert (config.schedule.internal_layer, config.schedule.internal_steps) == (6, 2)
+    assert config.run.dry_run is False
+    assert config.parallel.tensor_model_parallel_size == 2
+
+
+def test_several_files(words: dict[str, list[str]], tmp_path: Path) -> None:
+    (tmp_path / "more.parquet").write_text("")
+    config: Any = parse("train", [*words["train"], str(tmp_path / "more.parquet"), "--seed", "7"])
+    assert [Path(file).name for file in config.data.prompt_data] == ["data.jsonl", "more.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--learning-rate", "1"], "--learning-rate: no such flag"),
+        (["--trian-iters", "1"], "--trian-iters: no such flag; did you mean --train-iters?"),
+        (["--rollout-temp", "1"], "--rollout-temp: no such flag; did you mean --rollout-temperature?"),
+        (["--xyz=1"], "--xyz: no such flag; see --help"),
+        (["--seed", "1", "2"], "2: flags begin with --"),
+        (["-lr", "1"], "-lr: flags begin with --"),
+        (["--lr"], "--lr: expected one argument"),
+        (["--prompt-data"], "--prompt-data: expected at least one argument"),
+    ],
+)
+def test_words_that_are_no_flags(words: dict[str, list[str]], given: list[str], expected: str) -> None:
+    assert expected in refusal("train", [*words["train"], *given])
+
+
+def test_missing_flags_are_listed() -> None:
+    assert refusal("train", []).startswith("missing: --hf-model DIR, --train-iters N; ")
+    assert refusal("score", ["--hf-model", "x"]).startswith("missing: --rollouts FILE, --output FILE; ")
+
+
+def test_config_file_and_precedence(words: dict[str, list[str]], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    entries = [
+        "lr: 1e-5", "train-iters: 9", "bf16: true", "sequence_parallel: false", "save: null", "seed: 5",
+        f"hf_model: {tmp_path}", f"prompt-data: [{tmp_path}/data.jsonl, {tmp_path}/data.jsonl]",
+        "policy_schedule: layer:6x3,full", "adam-eps: 0.001",
+    ]  # fmt: skip
+    file.write_text("\n".join(entries))
+    alone: Any = parse("train", ["--config", str(file)])
+    assert (alone.optimizer.lr, alone.optimizer.adam_eps, alone.schedule.train_iters) == (1e-5, 1e-3, 9)
+    assert (alone.model.bf16, alone.run.save, alone.run.seed) == (True, None, 5)
+    assert (len(alone.data.prompt_data), alone.schedule.policy_schedule) == (2, "layer:6x3,full")
+    both: Any = parse("train", ["--lr", "2", "--no-bf16", "--config", str(file), *words["train"]])
+    assert (both.optimizer.lr, both.model.bf16, both.schedule.train_iters) == (2.0, False, 5)
+    assert (len(both.data.prompt_data), both.run.seed) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr: 1\nlearning: 2", "learning: no such key"),
+        ("trian_iters: 2", "trian_iters: no such key; did you mean train_iters?"),
+        ("config: other.yaml", "config: no such key"),
+        ("no_bf16: true", "no_bf16: no such key"),
+        ("- lr", "holds a list"),
+        ("just words", "holds a str"),
+        ("lr: [1", "broken YAML in line"),
+        ("lr: 1\n\tseed: 2", "broken YAML in line 2"),
+        ("lr: abc", "--lr abc: must be a number"),
+        ("seed: 1.5", "--seed 1.5: must be an integer"),
+        ("bf16: 1", "bf16: 1: must be true or false"),
+        ("bf16: 'true'", "must be true or false"),
+        ("save: yes", "save: True: must be a single value (DIR)"),
+        ("lr: [1, 2]", "lr: [1, 2]: must be a single value (X)"),
+        ("optimizer: {lr: 1}", "optimizer: no such key"),
+        ("lr: {value: 1}", "must be a single value (X)"),
+        ("prompt_data: []", "must be a list of FILE"),
+        ("prompt_data: [[a]]", "must be a list of FILE"),
+    ],
+)
+def test_bad_config_files(words: dict[str, list[str]], tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    message = refusal("train", [*words["train"], "--config", str(file)])
+    assert expected in message
+    assert message.startswith(f"--config {file}: ")
+
+
+def test_config_file_that_is_no_text(words: dict[str, list[str]], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"lr: \xff\xfe")
+    assert "not UTF-8 text" in refusal("train", [*words["train"], "--config", str(tmp_path / "run.yaml")])
+
+
+def test_help_lists_every_flag_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, config in COMMANDS.items():
+        with pytest.raises(SystemExit) as ended:
+            parse(command, ["--help"])
+        text = capsys.readouterr().out
+        assert ended.value.code == 0
+        for flag in flags_of(config):
+            assert f"  --{flag.name.replace('_', '-')}" in text
+            assert f"\n{flag.title}:\n" in text
+    assert "(default: 64)" in text
+
+
+class _Recorder(types.ModuleType):
+    """Stands in for megatron_bupo.commands.<name>."""
+
+    def __init__(self, outcome: BaseException | None = None) -> None:
+        super().__init__("recorder")
+        self.configs: list[Any] = []
+        self.outcome = outcome
+
+    def run(self, config: Any) -> None:
+        self.configs.append(config)
+        if self.outcome is not None:
+            raise self.outcome
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_main_runs_the_command(
+    words: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = _Recorder()
+    monkeypatch.setitem(sys.modules, f"megatron_bupo.commands.{command}", recorder)
+    assert program.main([command, *words[command]]) == 0
+    assert [type(config) for config in recorder.configs] == [COMMANDS[command]]
+    assert capsys.readouterr().err == ""
+
+
+def test_main_turns_exceptions_into_exit_codes(
+    words: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "megatron_bupo.commands.train"
+    monkeypatch.setitem(sys.modules, name, _Recorder(UsageError("--internal-layer 9:\nthe model has layers 1 to 4")))
+    assert program.main(["train", *words["train"]]) == 2
+    error = "megatron-bupo: error: --internal-layer 9: the model has layers 1 to 4\n"
+    assert capsys.readouterr().err == error
+    monkeypatch.setitem(sys.modules, name, _Recorder(KeyboardInterrupt()))
+    assert program.main(["train", *words["train"]]) == 130
+    monkeypatch.setitem(sys.modules, name, _Recorder(RuntimeError("a fault of the program")))
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        program.main(["train", *words["train"]])
+
+
+def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, lines in (("0", 1), ("1", 0), ("7", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert program.main(["train", "--lr", "x"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_world_size_is_checked_before_the_start(
+    words: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = _Recorder()
+    monkeypatch.setitem(sys.modules, "megatron_bupo.commands.train", recorder)
+    given = ["train", *words["train"], "--pipeline-model-parallel-size", "2"]
+    assert program.main(given) == 2
+    assert "1 process(es)" in capsys.readouterr().err
+    assert program.main([*given, "--dry-run"]) == 0  # one process may describe any layout
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert program.main([*given, "--dry-run"]) == 2
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert program.main(given) == 0
+    assert len(recorder.configs) == 2
+
+
+@pytest.mark.parametrize("command", ["evaluate", "entropy-flow", "plot", "select-layer"])
+def test_commands_that_are_not_there_yet(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main([command, "--hf-model", "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"megatron-bupo: error: {command}: is not there yet")
+
+
+def test_top_level_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--version"]) == 0
+    assert capsys.readouterr().out == "megatron-bupo 0.1.0\n"
+    assert program.main(["--help"]) == program.main([]) == 0
+    assert capsys.readouterr().out.count("select-layer") == 2
+    assert program.main(["trian"]) == 2
+    assert "trian: no such command; did you mean train?" in capsys.readouterr().err
+    assert program.main(["--lr"]) == 2
+
+
+def test_a_bad_flag_ends_quickly_in_one_line() -> None:
+    start = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-m", "megatron_bupo", "train", "--lrr", "1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "0"}, check=False,
+    )  # fmt: skip
+    assert time.monotonic() - start < 1.5
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr == "megatron-bupo: error: --lrr: no such flag; did you mean --lr?\n"
+
+
+def test_nothing_heavy_is_imported_before_the_flags_are_checked(words: dict[str, list[str]]) -> None:
+    script = (
+        "import json, sys; from megatron_bupo import __main__ as program; from megatron_bupo.cli import parse; "
+        "parse('train', json.loads(sys.argv[1])); print(json.dumps(sorted(sys.modules)))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(words["train"])],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    modules = {name.partition(".")[0] for name in json.loads(ended.stdout)}
+    assert "megatron_bupo" in modules
+    assert not modules & {"torch", "numpy", "transformers", "megatron", "datasets", "yaml"}
