@@ -16,12 +16,13 @@ REQUIREMENTS = [
     # Its internals are touched in few places (parallel/cpu.py, model/truncated.py), each tried with this series only.
     "megatron-core>=0.16.1,<0.17",
     "transformers>=5.17,<6",
-    "accelerate>=1.0",  # transformers wants it to read GGUF and to place weights
     "datasets>=4.0",
+    "jinja2>=3.1",  # chat templates
     "math-verify>=0.9,<0.10",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pebble>=5.0",
+    "pyarrow>=15",
     "psutil>=5.9",  # megatron-core saves checkpoints with it but does not declare it
     "pyyaml>=6.0",
     "safetensors>=0.5",

@@ -5,7 +5,8 @@ usage: python benchmarks/unembedding.py [--hidden 576] [--vocab 49152] [--rows 4
 
 `products` is the limit for the dense way: logits, d_hidden and d_weight as three matrix products, nothing else; the
 tiled way computes the logits twice, so its own limit is 4/3 of that. The implementations alternate within one run, so
-that other load on the machine meets all of them; the medians are printed. Peak: growth of resident memory during the
+that other load on the machine meets all of them; the medians are printed, of the CPU time too, which suffers less from
+such load (but counts threads that spin while they wait). Peak: growth of resident memory during the
 call, with the weight's gradient, without the inputs (Linux only). Runs on the CPU, in fp32.
 """
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.parallel import unembedding
+
+HEADINGS = ("seconds", "x products", "CPU s", "x products", "peak MB")
 
 
 def tiled(tile: tuple[int, int], hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -50,14 +53,14 @@ def resident_mb(field: str) -> float:
 
 def measure(
     run: Callable[[Tensor, Tensor, Tensor], None], inputs: tuple[Tensor, Tensor, Tensor]
-) -> tuple[float, float]:
-    """Seconds and MB of peak growth of one call."""
+) -> tuple[float, float, float]:
+    """Seconds, CPU seconds of all threads, and MB of peak growth of one call."""
     for tensor in inputs:
         tensor.grad = None
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before, start = resident_mb("VmRSS"), time.perf_counter()
+    before, start, cpu_start = resident_mb("VmRSS"), time.perf_counter(), time.process_time()
     run(*inputs)
-    return time.perf_counter() - start, resident_mb("VmHWM") - before
+    return time.perf_counter() - start, time.process_time() - cpu_start, resident_mb("VmHWM") - before
 
 
 def parse_tile(text: str) -> tuple[int, int]:
@@ -79,7 +82,7 @@ def main() -> None:
     runs: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"products": products, "dense": dense}
     runs |= {f"tiled {rows}x{columns}": partial(tiled, (rows, columns)) for rows, columns in args.tiles}
     print(f"H = {args.hidden}, V = {args.vocab}, scale = {args.scale:g}, median of {args.repeats}")
-    print(f"{'rows':>5} {'threads':>7}  {'':<16} {'seconds':>8} {'x products':>10} {'peak MB':>8}")
+    print(" rows threads  {:<16} {:>8} {:>10} {:>7} {:>10} {:>8}".format("", *HEADINGS))
     for rows in args.rows:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(rows, args.hidden, generator=generator).mul_(args.scale).requires_grad_()
@@ -87,18 +90,21 @@ def main() -> None:
         inputs = hidden, weight, torch.randint(args.vocab, (rows,), generator=generator)
         for threads in args.threads:
             torch.set_num_threads(threads)
-            measured: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+            measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
             for repeat in range(args.repeats + 1):
                 for name, run in runs.items():
                     result = measure(run, inputs)
                     if repeat > 0:  # the first round warms up
                         measured[name].append(result)
-            seconds = {name: statistics.median(time for time, _ in measured[name]) for name in runs}
-            for name in runs:
-                ratio, peak = seconds[name] / seconds["products"], max(mb for _, mb in measured[name])
-                print(
-                    f"{rows:>5} {threads:>7}  {name:<16} {seconds[name]:>8.3f} {ratio:>10.2f} {peak:>8.0f}", flush=True
+            medians = {
+                name: [statistics.median(column) for column in zip(*measured[name], strict=True)] for name in runs
+            }
+            limit, cpu_limit, _ = medians["products"]
+            for name, (seconds, cpu_seconds, peak) in medians.items():
+                ratios = (
+                    f"{seconds:>8.3f} {seconds / limit:>10.2f} {cpu_seconds:>7.3f} {cpu_seconds / cpu_limit:>10.2f}"
                 )
+                print(f"{rows:>5} {threads:>7}  {name:<16} {ratios} {peak:>8.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 
 from megatron_bupo.config import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.weights.hf_files import HFWeights
@@ -17,11 +17,7 @@ def run(config: ScoreConfig) -> None:
     """Check everything that can be checked, then start the processes' groups and score."""
     parallel = config.parallel
     arch = Architecture.from_hf(config.model.hf_model)
-    arch.check_parallel(
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.num_virtual_stages_per_pipeline_rank,
-    )
+    check_layout(arch, parallel)
     spec = PolicySpec.parse(config.policy)
     spec.check(arch.num_layers)
     weights = HFWeights(config.model.hf_model)

@@ -10,7 +10,7 @@ from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, load_prompts, load_tokenizer
 from megatron_bupo.data.rollout_files import check_replay
 from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rl.schedule import PolicySchedule
@@ -26,7 +26,8 @@ def run(config: TrainConfig) -> None:
     Raises:
         UsageError: bad input, before anything was started or written.
     """
-    arch = _check_model(config)
+    arch = Architecture.from_hf(config.model.hf_model)
+    check_layout(arch, config.parallel)
     schedule = _schedule(config)
     schedule.check(arch.num_layers)
     weights = HFWeights(config.model.hf_model)
@@ -40,17 +41,6 @@ def run(config: TrainConfig) -> None:
         return
     with parallel_state(config.parallel, config.run.seed) as state:
         _train(config, arch, schedule, weights, prompts, state)
-
-
-def _check_model(config: TrainConfig) -> Architecture:
-    parallel = config.parallel
-    arch = Architecture.from_hf(config.model.hf_model)
-    arch.check_parallel(
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.num_virtual_stages_per_pipeline_rank,
-    )
-    return arch
 
 
 def _schedule(config: TrainConfig) -> PolicySchedule:

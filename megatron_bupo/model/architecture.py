@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bupo.config import ParallelConfig
 from megatron_bupo.errors import UsageError
 
 FAMILIES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -158,6 +159,21 @@ class Architecture:
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
         }
+
+
+def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
+    """Raise UsageError unless the model splits as the flags say, and recompute divides each stage's layers."""
+    stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
+    arch.check_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.num_virtual_stages_per_pipeline_rank,
+    )
+    piece, layers = parallel.recompute_num_layers, arch.num_layers // stages
+    if parallel.recompute_method == "uniform" and piece is not None and layers % piece:
+        raise UsageError(
+            f"--recompute-num-layers {piece} does not divide the {layers} layers of a stage; give a divisor of {layers}"
+        )
 
 
 @dataclass(frozen=True)

@@ -107,16 +107,7 @@ def _mark_tensor_parallel(model: nn.Module) -> None:
 def build_model(
     arch: Architecture, parallel: ParallelConfig, state: ParallelState, dtype: torch.dtype
 ) -> list[HiddenStateModel]:
-    """The model chunks of this rank, one per virtual stage, with parameters that still have to be loaded.
-
-    Raises:
-        UsageError: heads, layers or feed-forward size do not divide by the layout.
-    """
-    arch.check_parallel(
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.num_virtual_stages_per_pipeline_rank,
-    )
+    """The model chunks of this rank, one per virtual stage, with parameters that still have to be loaded."""
     config = transformer_config(arch, parallel, dtype)
     chunks = []
     for virtual_stage in range(state.vpp_size):

@@ -8,7 +8,6 @@ four questions for a machine without a GPU; nothing here runs when there is one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,16 +16,27 @@ _CPU = torch.device("cpu")
 _installed = False
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A tensor factory that builds on the CPU what it was asked to build on "cuda"."""
+class _TorchOnCpu:
+    """The torch module as some of megatron-core's modules see it: factories that take "cuda" for the CPU.
 
-    def build(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "cuda":
-            kwargs["device"] = _CPU
-        return factory(*args, **kwargs)
+    Only those modules: replaced in torch itself, the factories would be missing from the set by which
+    ``with torch.device("meta")`` knows them, and transformers would load models with wrong weights.
+    """
 
-    return build
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*args, **_without_cuda(kwargs))
+
+    @staticmethod
+    def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(*args, **_without_cuda(kwargs))
+
+
+def _without_cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs | {"device": _CPU} if kwargs.get("device") == "cuda" else kwargs
 
 
 def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -59,13 +69,15 @@ def install() -> None:
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.manual_seed = lambda seed: None
     torch.cuda.get_rng_state = _get_rng_state  # type: ignore[assignment]
-    torch.zeros = _on_cpu(torch.zeros)  # type: ignore[assignment]
-    torch.tensor = _on_cpu(torch.tensor)  # type: ignore[assignment]
     torch.Tensor.type = _tensor_type  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
 
+    for module in (clip_grads, optimizer, schedules):
+        module.torch = _TorchOnCpu()
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
     _installed = True

@@ -1,8 +1,8 @@
 r"""The reward of a mathematical answer: 1.0 if the last \boxed{...} of the response equals the ground truth.
 
 Equality is decided by math-verify (sympy). Some answers, such as 9^{9^{9^9}}, keep sympy busy for ever; its own
-time-outs use signal.alarm, which fails outside the main thread. They are off here: call `score` in a process that can be
-killed, as RewardRunner does.
+time-outs use signal.alarm, which fails outside the main thread. They are off here: call `score` in a process that can
+be killed, as RewardRunner does.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from math_verify import parse, verify
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _BOX = re.compile(r"\\boxed\s*\{")
+_NEEDLESS_BRACES = re.compile(r"\{(\\[a-zA-Z]+(?:_[a-zA-Z0-9])?|[a-zA-Z0-9])\}")
 _REPLACEMENTS = (
     (re.compile(r"\\[dt]frac"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:! ()\[\]]|[$~]"), ""),
     (re.compile(r"(?<!\d)\s+|\s+(?!\d)"), ""),  # but 3 1/2 is not 31/2
     (re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\{(\\[a-zA-Z]+|[a-zA-Z0-9])\}"), r"\1"),
+    (_NEEDLESS_BRACES, r"\1"),
+    (_NEEDLESS_BRACES, r"\1"),  # once more, for 2^{\aleph_{0}}
     (re.compile(r"\.$"), ""),
 )
 

@@ -20,7 +20,9 @@ from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import RLock as LockOfProcesses
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,6 +81,22 @@ class RewardResult:
     timeouts: int
 
 
+class _LockKeepingContext(ForkServerContext):
+    """Fork-server context whose locks live as long as it does.
+
+    pebble drops its locks before it ends its workers; one that is just starting would then miss them and print a
+    traceback at the end of a good run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._locks: list[LockOfProcesses] = []
+
+    def RLock(self) -> LockOfProcesses:
+        self._locks.append(super().RLock())
+        return self._locks[-1]
+
+
 class RewardRunner:
     """Scores responses in `num_workers` processes, each response within `timeout_s` seconds of work.
 
@@ -104,7 +122,7 @@ class RewardRunner:
             raise UsageError(f"reward workers {num_workers}: give 1 or more")
         self._spec = spec
         self._timeout_s = timeout_s
-        context = multiprocessing.get_context("forkserver")
+        context = _LockKeepingContext()
         if self._function.path is None:
             # Loaded once in the fork server, so a worker that replaces a killed one starts at once.
             context.set_forkserver_preload(["math_verify"])

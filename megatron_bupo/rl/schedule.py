@@ -88,14 +88,14 @@ class PolicySchedule:
             return cls(((PolicySpec(), train_iters),))
         if internal_layer < 1:
             raise UsageError(f"--internal-layer {internal_layer}: layers are numbered from 1")
-        if not 1 <= internal_steps <= train_iters:
+        if not 0 <= internal_steps <= train_iters:
             raise UsageError(
-                f"--internal-layer {internal_layer} with --internal-steps {internal_steps}: give 1 to --train-iters "
-                f"({train_iters}) internal steps, or leave out both flags for plain GRPO"
+                f"--internal-layer {internal_layer} with --internal-steps {internal_steps}: give 0 (plain GRPO) to "
+                f"--train-iters ({train_iters}) internal steps"
             )
         internal = PolicySpec(internal_module, internal_layer, internal_policy_norm == "final")
-        rest = train_iters - internal_steps
-        return cls(((internal, internal_steps),) + (((PolicySpec(), rest),) if rest else ()))
+        phases = ((internal, internal_steps), (PolicySpec(), train_iters - internal_steps))
+        return cls(tuple((spec, steps) for spec, steps in phases if steps))
 
     def at(self, step: int) -> PolicySpec:
         """The policy that is trained at `step`, from 1 to the last step of the run."""

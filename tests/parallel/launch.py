@@ -23,7 +23,11 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "DP2": (2, []),
 }
 
-RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "2"]
+
+def recompute_flags(layout_flags: list[str]) -> list[str]:
+    """Full recompute in pieces as large as a stage of the four layers, so that a truncated stage is a remainder."""
+    pieces = "1" if "--num-virtual-stages-per-pipeline-rank" in layout_flags else "2"
+    return ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", pieces]
 
 
 def torchrun(processes: int, *command: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_bupo.data.rollout_files import write_rollouts
 from megatron_bupo.policy_spec import PolicySpec
-from tests.parallel.launch import LAYOUTS, RECOMPUTE, assert_passed, torchrun
+from tests.parallel.launch import LAYOUTS, assert_passed, recompute_flags, torchrun
 from tests.parallel.references import SPECS, TEMPERATURES, configs, random_rollouts, reference_scores, write_model
 
 
@@ -42,5 +42,5 @@ def test_every_policy_equals_huggingface(layout: str, score_cases: Path) -> None
 
 def test_recompute_changes_nothing_in_scores(score_cases: Path) -> None:
     processes, flags = LAYOUTS["TP2"]
-    result = torchrun(processes, "tests/parallel/score_worker.py", str(score_cases), *flags, *RECOMPUTE)
+    result = torchrun(processes, "tests/parallel/score_worker.py", str(score_cases), *flags, *recompute_flags(flags))
     assert_passed(result)

@@ -6,6 +6,7 @@ Arguments: CASES (from test_train.py), then the layout's flags. Exits 1 if anyth
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,27 @@ from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.source import Replay
 from megatron_bupo.weights.hf_files import HFWeights
-from tests.parallel.launch import RECOMPUTE
+from tests.parallel.launch import recompute_flags
 from tests.parallel.train_reference import ADAM_EPS, LR, TEMPERATURE
 
-VARIANTS: dict[str, list[str]] = {
-    "plain": [],
-    "distributed": ["--use-distributed-optimizer"],
-    "recompute": RECOMPUTE,
-    "cut otherwise": ["--max-tokens-per-micro-batch", "45"],
+VARIANTS: dict[str, Callable[[list[str]], list[str]]] = {
+    "plain": lambda layout: [],
+    "distributed": lambda layout: ["--use-distributed-optimizer"],
+    "recompute": recompute_flags,
+    "selective recompute": lambda layout: ["--recompute-granularity", "selective"],
+    "cut otherwise": lambda layout: ["--max-tokens-per-micro-batch", "45"],
 }
 
 
 def config_for(cases: Path, model: str, schedule: str, flags: list[str]) -> TrainConfig:
-    words = ["--hf-model", str(cases / model), "--load-rollouts", str(cases / "rollouts"), "--policy-schedule", schedule]
+    words = [
+        "--hf-model",
+        str(cases / model),
+        "--load-rollouts",
+        str(cases / "rollouts"),
+        "--policy-schedule",
+        schedule,
+    ]
     words += ["--train-iters", "5", "--rollout-batch-size", "4", "--n-samples-per-prompt", "2"]
     words += ["--global-batch-size", "4", "--lr", str(LR), "--adam-eps", str(ADAM_EPS)]
     words += ["--rollout-temperature", str(TEMPERATURE), "--max-tokens-per-micro-batch", "100"]
@@ -83,7 +92,7 @@ def not_trained(module: str, layer: int, names: set[str]) -> set[str]:
 
 
 def run_case(case: dict[str, Any], cases: Path, variant: str, flags: list[str], state: ParallelState) -> list[str]:
-    config = config_for(cases, case["model"], case["schedule"], [*flags, *VARIANTS[variant]])
+    config = config_for(cases, case["model"], case["schedule"], [*flags, *VARIANTS[variant](flags)])
     trainer = build(config, state)
     before = {name: param.detach().clone() for name, param in trainer.actor.named_parameters()}
     problems = []

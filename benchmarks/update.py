@@ -1,0 +1,182 @@
+"""One update of phase 1 and of phase 2, beside a plain HuggingFace implementation of the published method.
+
+    python benchmarks/update.py --hf-model models/SmolLM2-135M-Instruct
+
+An update is: old log-probs, forward, backward, AdamW step, in fp32. The published method runs the whole model in both
+phases, unembeds the internal and the final hidden state at every position and takes log-softmax of both. Each
+implementation lives in a process of its own, which gives each its own peak memory; they take turns, one update at a
+time, so that whatever else the machine does hits both. Medians over the rounds; peaks are of the resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.samples import Rollout
+
+Update = Callable[[PolicySpec], float]
+OPEN = ExitStack()  # what a child holds until it ends
+
+
+def make_rollouts(args: argparse.Namespace, vocab_size: int) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (args.responses, args.length), generator=generator).tolist()
+    split = args.length - args.response_length
+    return [Rollout(i // 2, row[:split], row[split:], reward=float(i % 2)) for i, row in enumerate(tokens)]
+
+
+def ours(args: argparse.Namespace) -> Update:
+    """One process of megatron_bupo, its defaults."""
+    from megatron_bupo.config import OptimizerConfig, ParallelConfig
+    from megatron_bupo.data.batches import pack_for
+    from megatron_bupo.model.architecture import Architecture
+    from megatron_bupo.parallel.setup import parallel_state
+    from megatron_bupo.rl.advantages import advantages
+    from megatron_bupo.rl.losses import LossConfig
+    from megatron_bupo.weights.hf_files import HFWeights
+
+    state = OPEN.enter_context(parallel_state(ParallelConfig(), seed=0))
+    from megatron_bupo.training.actor import Actor
+
+    arch = Architecture.from_hf(args.hf_model)
+    specs = (PolicySpec("layer", args.layer, False), PolicySpec())
+    weights = HFWeights(args.hf_model)
+    actor = Actor(arch, weights, ParallelConfig(), OptimizerConfig(), state, torch.float32, specs)
+    rollouts = make_rollouts(args, arch.vocab_size)
+    values = advantages([float(r.reward or 0) for r in rollouts], [r.group for r in rollouts], "grpo")
+
+    def update(spec: PolicySpec) -> float:
+        batches = pack_for(state, rollouts, max_tokens=args.responses * args.length)
+        for batch, output in zip(batches, actor.score(batches, spec, 1.0), strict=True):
+            batch.values = {"advantages": values[batch.responses][batch.segments], "old_logprobs": output.logprobs}
+        return actor.update(batches, spec, LossConfig(), lr=1e-6, temperature=1.0).grad_norm
+
+    return update
+
+
+def plain_huggingface(args: argparse.Namespace) -> Update:
+    """The published method: whole model, both unembeddings, log-softmax of all positions."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.hf_model, dtype=torch.float32, attn_implementation="sdpa")
+    matrices = [param for param in model.parameters() if param.dim() > 1]
+    vectors = [param for param in model.parameters() if param.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-6)
+    rollouts = make_rollouts(args, model.config.vocab_size)
+    ids = torch.tensor([rollout.prompt_tokens + rollout.response_tokens for rollout in rollouts])
+    advantages = torch.tensor([0.7071 if rollout.reward else -0.7071 for rollout in rollouts])[:, None]
+
+    def logprobs(spec: PolicySpec) -> torch.Tensor:
+        output = model(ids, output_hidden_states=True, use_cache=False)
+        internal = model.lm_head(output.hidden_states[args.layer])
+        both = {}
+        for name, logits in (("full", output.logits), ("internal", internal)):
+            logs = torch.log_softmax(logits.float(), dim=-1)
+            both[name] = logs[:, :-1].gather(2, ids[:, 1:, None])[..., 0][:, -args.response_length :]
+        return both["full" if spec.is_full else "internal"]
+
+    def update(spec: PolicySpec) -> float:
+        with torch.no_grad():
+            old = logprobs(spec)
+        ratio = (logprobs(spec) - old).exp()
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(norm)
+
+    return update
+
+
+IMPLEMENTATIONS = {"megatron_bupo": ours, "huggingface": plain_huggingface}
+
+
+def serve(args: argparse.Namespace) -> None:
+    """In a child: one update per line of stdin, its seconds and peak on stdout."""
+    torch.set_num_threads(args.threads)
+    update = IMPLEMENTATIONS[args.serve](args)
+    for line in sys.stdin:
+        spec = PolicySpec.parse(line.strip())
+        Path("/proc/self/clear_refs").write_text("5")  # restarts the peak of the resident set
+        started = time.perf_counter()
+        norm = update(spec)
+        seconds = time.perf_counter() - started
+        peak = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
+        print(json.dumps({"seconds": seconds, "peak_mb": int(peak.split()[1]) / 1e3, "grad_norm": norm}), flush=True)
+
+
+def start(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key != "serve"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        [sys.executable, __file__, f"--serve={name}", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def ask(child: subprocess.Popen[str], spec: str) -> dict[str, Any]:
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(spec + "\n")
+    child.stdin.flush()
+    answer: dict[str, Any] = json.loads(child.stdout.readline())
+    return answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-model", required=True)
+    parser.add_argument("--layer", type=int, default=6)
+    parser.add_argument("--responses", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512, help="tokens of prompt and response")
+    parser.add_argument("--response-length", type=int, default=448)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--serve", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args)
+        return
+    children = {name: start(name, args) for name in IMPLEMENTATIONS}
+    print(f"{args.hf_model}: {args.responses} x {args.length} tokens ({args.response_length} response), fp32")
+    print(f"{'policy':<10}{'implementation':<16}{'seconds':>9}{'peak MB':>10}{'grad norm':>12}")
+    for spec in (f"layer:{args.layer}", "full"):
+        seen: dict[str, list[dict[str, Any]]] = {name: [] for name in children}
+        for _ in range(args.rounds + 1):  # the first one warms up
+            for name, child in children.items():
+                seen[name].append(ask(child, spec))
+        medians = {}
+        for name, answers in seen.items():
+            seconds = statistics.median(answer["seconds"] for answer in answers[1:])
+            peak = max(answer["peak_mb"] for answer in answers)
+            medians[name] = (seconds, peak)
+            print(f"{spec:<10}{name:<16}{seconds:>9.2f}{peak:>10.0f}{answers[0]['grad_norm']:>12.5f}", flush=True)
+        (our_seconds, our_peak), (their_seconds, their_peak) = (medians[name] for name in IMPLEMENTATIONS)
+        print(
+            f"{spec:<10}{their_seconds / our_seconds:.2f}x as fast, {our_peak / their_peak:.0%} of the peak", flush=True
+        )
+    for child in children.values():
+        assert child.stdin is not None
+        child.stdin.close()
+        child.wait()
+
+
+if __name__ == "__main__":
+    main()
