@@ -72,11 +72,12 @@ def install() -> None:
     torch.Tensor.type = _tensor_type  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
+    from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
 
-    for module in (clip_grads, optimizer, schedules):
+    for module in (clip_grads, optimizer, schedules, utils):
         module.torch = _TorchOnCpu()
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
