@@ -199,9 +199,7 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, sums: 
     prompt_and_response = model.generate(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=8, **options
     )
-    responses = tokenizer.batch_decode(
-        prompt_and_response[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    responses = tokenizer.batch_decode(prompt_and_response[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     hits = [text == f"{BOX_OPEN}{r['answer']}{BOX_CLOSE}" for text, r in zip(responses, records, strict=True)]
     return sum(hits) / len(hits)
 

@@ -55,8 +55,8 @@ def _layout(config: TrainConfig, arch: Architecture, world_size: int) -> str:
     data = _data_parallel_size(config, world_size)
     stages = pipeline * virtual
     return (
-        f"{tensor * pipeline * data} process(es) = TP {tensor} x PP {pipeline} x DP {data}; {arch.num_layers} layers in "
-        f"{stages} stage(s) of {arch.num_layers // stages}; sequence parallelism "
+        f"{tensor * pipeline * data} process(es) = TP {tensor} x PP {pipeline} x DP {data}; {arch.num_layers} layers "
+        f"in {stages} stage(s) of {arch.num_layers // stages}; sequence parallelism "
         f"{'on' if parallel.sequence_parallel else 'off'}"
     )
 

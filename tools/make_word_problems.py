@@ -1,0 +1,94 @@
+r"""Write word problems on which SmolLM2-135M-Instruct is right now and then: something for reinforcement learning.
+
+    python tools/make_word_problems.py --output prompts/word_problems.jsonl --num-prompts 200
+
+One JSON object a line: "prompt", chat messages with two worked examples, and "answer". The model does not box its
+answers without the examples (measured: right 0 % of the time), and with plain stories it mostly invents its own sum.
+With the sum spelled out and operands from 3 to 12 it is right 42 % of the time at temperature 1 (40 prompts x 4
+samples; 76 % of the responses have a box), and 32 of the 40 groups have right and wrong answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_bupo.errors import UsageError
+
+NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lea")
+THINGS = ("apples", "books", "coins", "cards", "marbles", "pens")
+OPERANDS = range(3, 13)
+SYSTEM = "Put your final answer within \\boxed{}."
+
+Problem = tuple[str, str, int, int]
+EXAMPLES: tuple[Problem, ...] = (("Ben", "books", 9, 3), ("Tom", "marbles", 4, 8))
+
+
+def question(problem: Problem) -> str:
+    """The story with its sum spelled out."""
+    name, thing, first, second = problem
+    return f"{name} has {first} {thing} and gets {second} more. What is {first} + {second}?"
+
+
+def worked_answer(problem: Problem) -> str:
+    """The answer in the form that the model should take up."""
+    *_, first, second = problem
+    return f"{first} + {second} = {first + second}. The answer is \\boxed{{{first + second}}}."
+
+
+def to_record(problem: Problem) -> dict[str, Any]:
+    """`prompt` (messages: system, the worked examples, the question) and `answer`."""
+    messages = [{"role": "system", "content": SYSTEM}]
+    for example in EXAMPLES:
+        messages.append({"role": "user", "content": question(example)})
+        messages.append({"role": "assistant", "content": worked_answer(example)})
+    messages.append({"role": "user", "content": question(problem)})
+    return {"prompt": messages, "answer": str(problem[2] + problem[3])}
+
+
+def make_problems(num_prompts: int, seed: int) -> list[Problem]:
+    """`num_prompts` different problems, none of them a worked example.
+
+    Raises:
+        UsageError: fewer than one asked for, or more than there are.
+    """
+    problems = [p for p in itertools.product(NAMES, THINGS, OPERANDS, OPERANDS) if p not in EXAMPLES]
+    if not 1 <= num_prompts <= len(problems):
+        raise UsageError(f"--num-prompts {num_prompts}: there are 1 to {len(problems)} different problems; choose that")
+    return random.Random(seed).sample(problems, num_prompts)
+
+
+def write(output: Path, problems: list[Problem]) -> None:
+    """Write the prompts beside `output` and rename."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        beside = Path(temporary) / "prompts.jsonl"
+        beside.write_text("".join(json.dumps(to_record(p)) + "\n" for p in problems), encoding="utf-8")
+        os.replace(beside, output)
+    print(f"{output}: {len(problems)} prompts")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=200, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    try:
+        write(arguments.output, make_problems(arguments.num_prompts, arguments.seed))
+    except UsageError as error:
+        print(f"make_word_problems: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
