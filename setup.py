@@ -38,7 +38,6 @@ EXTRAS = {
         "gguf>=0.17",
         "mypy>=1.18",
         "pytest>=8.4",
-        "reasoning-gym==0.1.25",
         "ruff==0.17.6",  # pinned: another version formats otherwise
         "types-PyYAML",
     ],

@@ -133,9 +133,10 @@ class MicroBatch:
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> MicroBatch:
+        """On another device, but for `cu_seqlens`: attention reads it as numbers, once a layer."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "cu_seqlens", "rows", "targets", "segments", "mask")
+            for name in ("tokens", "rows", "targets", "segments", "mask")
         }
         return replace(self, **moved, values={k: v.to(device, non_blocking=True) for k, v in self.values.items()})
 

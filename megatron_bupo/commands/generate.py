@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from megatron_bupo.config import GenerateConfig, ParallelConfig
-from megatron_bupo.data.prompts import load_prompts, load_tokenizer
+from megatron_bupo.data.prompts import check_positions, load_prompts, load_tokenizer
 from megatron_bupo.data.rollout_files import write_rollouts
 from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.rollout.engine import SamplingParams, make_requests, stop_token_ids
+from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.table import table_for
 
 
 def run(config: GenerateConfig) -> None:
@@ -18,8 +20,11 @@ def run(config: GenerateConfig) -> None:
     arch = Architecture.from_hf(config.model.hf_model)
     spec = PolicySpec.parse(config.policy)
     spec.check(arch.num_layers)
+    # transformers, which loads the engine's model, would fill what is missing with random numbers.
+    HFWeights(config.model.hf_model).check(table_for(arch))
     tokenizer = load_tokenizer(config.model.hf_model)
     prompts = load_prompts(config.prompt_data, tokenizer, config.rollout_max_prompt_len, require_answer=False)
+    check_positions(prompts, config.rollout_max_response_len, arch.max_position_embeddings)
     params = SamplingParams(
         temperature=config.rollout_temperature,
         top_p=config.rollout_top_p,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
 from megatron_bupo.config import TrainConfig
-from megatron_bupo.data.prompts import PromptSet, load_prompts, load_tokenizer
+from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
 from megatron_bupo.data.rollout_files import check_replay
 from megatron_bupo.errors import UsageError
 from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
-from megatron_bupo.rewards.runner import RewardRunner
+from megatron_bupo.rewards.runner import RewardFunction, RewardRunner
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.engine import SamplingParams, stop_token_ids
 from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSource
@@ -32,6 +33,7 @@ def run(config: TrainConfig) -> None:
     schedule.check(arch.num_layers)
     weights = HFWeights(config.model.hf_model)
     weights.check(table_for(arch))
+    _check_export(config)
     prompts = _check_data(config, arch)
     if config.run.dry_run:
         if os.environ.get("RANK", "0") == "0":
@@ -55,6 +57,24 @@ def _schedule(config: TrainConfig) -> PolicySchedule:
     )
 
 
+def _check_export(config: TrainConfig) -> None:
+    """The export takes a name that is not there: said now, not after the training."""
+    run, rollout = config.run, config.rollout
+    if run.save_hf is None:
+        return
+    if Path(run.save_hf).exists():
+        raise UsageError(f"--save-hf {run.save_hf}: exists; give the name of a new folder")
+    outputs = (
+        ("--save", run.save),
+        ("--tensorboard-dir", run.tensorboard_dir),
+        ("--save-rollouts", rollout.save_rollouts),
+    )
+    export = Path(run.save_hf).resolve()
+    for name, path in outputs:
+        if path is not None and export in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise UsageError(f"--save-hf {run.save_hf}: {name} {path} lies there; give a folder of its own")
+
+
 def _check_data(config: TrainConfig, arch: Architecture) -> PromptSet | None:
     """The prompts, or None for a replay, whose files are looked through to the last line."""
     rollout = config.rollout
@@ -76,6 +96,8 @@ def _check_data(config: TrainConfig, arch: Architecture) -> PromptSet | None:
             f"--rollout-batch-size {rollout.rollout_batch_size}: the data have {len(prompts)} prompts of at most "
             f"{config.data.rollout_max_prompt_len} tokens; lower it or give more data"
         )
+    check_positions(prompts, rollout.rollout_max_response_len, arch.max_position_embeddings)
+    RewardFunction.parse(config.data.reward)
     return prompts
 
 

@@ -119,7 +119,7 @@ def load_prompts(
     """
     prompts = []
     num_rows = 0
-    with tqdm(desc="prompts", unit=" rows", disable=not show_progress) as bar:
+    with tqdm(desc="prompts", unit=" rows", disable=None if show_progress else True) as bar:
         for file in files:
             for where, row in _rows(Path(file)):
                 text, answer, source = _columns(row, where, tokenizer, require_answer)
@@ -136,6 +136,16 @@ def load_prompts(
             "raise rollout-max-prompt-len"
         )
     return PromptSet(prompts, num_rows - len(prompts))
+
+
+def check_positions(prompts: PromptSet, max_response_len: int, max_positions: int) -> None:
+    """Raise UsageError if a response to the longest prompt could run past the model's positions."""
+    longest = max(len(prompt.tokens) for prompt in prompts.prompts)
+    if longest + max_response_len > max_positions:
+        raise UsageError(
+            f"--rollout-max-response-len {max_response_len}: the longest prompt has {longest} tokens and the model "
+            f"{max_positions} positions; give at most {max_positions - longest}, or a lower --rollout-max-prompt-len"
+        )
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -44,6 +45,7 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
 
+@functools.cache
 def has_transformer_engine() -> bool:
     """transformer-engine's layers need CUDA; without either the local spec with torch's attention is used."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None

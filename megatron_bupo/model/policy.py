@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_bupo.model.build import HiddenStateModel
+from megatron_bupo.model.build import HiddenStateModel, has_transformer_engine
 from megatron_bupo.model.truncated import view_for
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.parallel.unembedding import logprob_and_entropy
@@ -43,10 +43,12 @@ LossFunction = Callable[[MicroBatch, PolicyOutput], tuple[Tensor, Tensor, Any]]
 def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
     """megatron-core's description of the packed sequences; the padding counts as a sequence of its own."""
     longest = int(batch.cu_seqlens.diff().max())
+    # transformer-engine's kernels read the boundaries on the device, torch's attention as numbers.
+    cu_seqlens = batch.cu_seqlens.to(batch.tokens.device) if has_transformer_engine() else batch.cu_seqlens
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

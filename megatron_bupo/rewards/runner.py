@@ -132,7 +132,7 @@ class RewardRunner:
     def score(self, rollouts: list[Rollout], progress: Callable[[int], None] | None = None) -> RewardResult:
         """Rewards of `rollouts`, in their order; `progress` is called with the number that is done."""
         records = [self._record(rollout, number) for number, rollout in enumerate(rollouts, start=1)]
-        self._wait_until_loaded()
+        self.wait_until_loaded()
         futures = [self._pool.schedule(_call, (self._function, record), timeout=self._timeout_s) for record in records]
         rewards: list[float] = []
         timeouts = 0
@@ -180,7 +180,8 @@ class RewardRunner:
                 raise UsageError(f"--reward math: record {number} has no '{key}'; it needs 'response' and 'answer'")
         return {"response": rollout.response, "answer": rollout.answer}
 
-    def _wait_until_loaded(self) -> None:
+    def wait_until_loaded(self) -> None:
+        """Raise UsageError if the function cannot be loaded; `score` does so too, but only then."""
         try:
             error = self._load_error.result(timeout=START_UP_S)
         except FutureTimeoutError:

@@ -32,7 +32,8 @@ class LocalEngine(RolloutEngine):
         max_batch_size: most responses decoded together. It changes nothing but rounding.
 
     Raises:
-        UsageError: the folder holds no model that transformers can load, or has no such layer.
+        UsageError: the folder holds no model that transformers can load, has values that are not finite, or no such
+            layer.
     """
 
     def __init__(
@@ -179,6 +180,9 @@ def _load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PreTr
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{folder}: no model that transformers loads from safetensors ({reason})") from error
     model.eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise UsageError(f"{folder}: {name} has NaN or infinite values; give an intact checkpoint")
     return model.to(device=device)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +16,7 @@ from megatron_bupo.config import RolloutConfig
 from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
 from megatron_bupo.parallel.setup import ParallelState
-from megatron_bupo.rewards.runner import RewardResult, RewardRunner
+from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rollout.engine import (
     Generation,
     GenerationRequest,
@@ -26,7 +26,7 @@ from megatron_bupo.rollout.engine import (
 )
 from megatron_bupo.samples import Rollout
 
-Item = TypeVar("Item")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class EmbeddedGeneration:
         assert (rewards is not None) == (state.rank == 0), "the first rank, and only it, has the reward workers"
         self._engine, self._prompts, self._tokenizer, self._rewards = engine, prompts, tokenizer, rewards
         self._config, self._params, self._state = config, params, state
+        try:
+            self._ask_first_rank(lambda rewards: rewards.wait_until_loaded())
+        except Exception:
+            self.close()
+            raise
 
     def rollouts(self, step: int) -> RolloutBatch:
         started = time.perf_counter()
@@ -91,7 +96,7 @@ class EmbeddedGeneration:
         generations = generate_shared(self._engine, requests, self._params, self._state)
         unrewarded = to_rollouts(requests, generations, self._config.n_samples_per_prompt, self._tokenizer)
         generated = time.perf_counter()
-        result = self._reward(unrewarded)
+        result = self._ask_first_rank(lambda rewards: rewards.score(unrewarded))
         rollouts = [rollout.with_reward(reward) for rollout, reward in zip(unrewarded, result.rewards, strict=True)]
         seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
         return RolloutBatch(rollouts, result.timeouts, seconds)
@@ -104,19 +109,19 @@ class EmbeddedGeneration:
         if self._rewards is not None:
             self._rewards.close()
 
-    def _reward(self, rollouts: list[Rollout]) -> RewardResult:
-        """The first rank's verdicts, or its error, on every rank."""
-        outcome: list[RewardResult | Exception | None] = [None]
+    def _ask_first_rank(self, question: Callable[[RewardRunner], _Answer]) -> _Answer:
+        """The answer of the first rank's reward workers, or their error, on every rank."""
+        outcome: list[Any] = [None]
         if self._rewards is not None:
             try:
-                outcome[0] = self._rewards.score(rollouts)
+                outcome[0] = question(self._rewards)
             except Exception as error:  # handed to every rank: they would wait for ever for the verdicts
                 outcome[0] = error
         dist.broadcast_object_list(outcome, src=0)
-        if not isinstance(outcome[0], RewardResult):
-            assert outcome[0] is not None
+        if isinstance(outcome[0], Exception):
             raise outcome[0]
-        return outcome[0]
+        answer: _Answer = outcome[0]
+        return answer
 
 
 def generate_shared(
@@ -124,7 +129,8 @@ def generate_shared(
 ) -> list[Generation]:
     """All responses, in the order of the requests, on every rank; each rank generates every world_size-th."""
     mine = list(requests[state.rank :: state.world_size])
-    with tqdm(total=len(mine), desc="generate", unit=" resp", leave=False, disable=state.rank != 0) as bar:
+    # The first rank's share stands for all; no bar where there is no terminal.
+    with tqdm(total=len(mine), desc="generate", unit=" resp", leave=False, disable=state.rank > 0 or None) as bar:
         generated = engine.generate(mine, params, bar.update)
     shares: list[list[Generation]] = [[]] * state.world_size
     dist.all_gather_object(shares, generated)

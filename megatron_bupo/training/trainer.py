@@ -80,7 +80,7 @@ class Trainer:
     def run(self) -> None:
         """All steps, with a line on the console for each."""
         steps = range(1, self.config.schedule.train_iters + 1)
-        with tqdm(total=len(steps), desc="train", unit="step", disable=self.state.rank != 0) as bar:
+        with tqdm(total=len(steps), desc="train", unit="step", disable=self.state.rank > 0 or None) as bar:
             for step in steps:
                 metrics = self.step(step)
                 if self.tracker is not None:

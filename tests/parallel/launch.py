@@ -30,9 +30,13 @@ def recompute_flags(layout_flags: list[str]) -> list[str]:
     return ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", pieces]
 
 
-def torchrun(processes: int, *command: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
-    """Run `python -m torch.distributed.run ... command` and return what it printed."""
+def torchrun(
+    processes: int, *command: str, timeout: float = 900, on_gpu: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m torch.distributed.run ... command` and return what it printed; without `on_gpu` on the CPU."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    if not on_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
         [
             sys.executable,

@@ -3,43 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from megatron_bupo.data.rollout_files import step_file, write_rollouts
 from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
-from tests.parallel.references import configs, random_rollouts, write_model
-from tests.parallel.train_reference import train_reference
-
-# name: (model, schedule, the policy of each step). Every module, tied and untied, and a schedule that goes back.
-CASES = {
-    "layer": ("qwen3-tied", "layer:2x2,full", ["layer:2"] * 2 + ["full"] * 3),
-    "attn": ("qwen2-untied", "attn:3x2,full", ["attn:3"] * 2 + ["full"] * 3),
-    "ffn": ("llama-tied", "ffn:2x2,full", ["ffn:2"] * 2 + ["full"] * 3),
-    "full first": ("qwen3-untied", "fullx2,layer:2@normx1,attn:1", ["full"] * 2 + ["layer:2@norm"] + ["attn:1"] * 2),
-}
-
-
-@pytest.fixture(scope="session")
-def train_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train")
-    steps = [random_rollouts(8, seed=step, longest=25) for step in range(1, 6)]
-    for step, rollouts in enumerate(steps, start=1):
-        write_rollouts(step_file(folder / "rollouts", step), rollouts)
-    reference: dict[str, dict[str, Any]] = {}
-    for name, (model_name, schedule, phases) in CASES.items():
-        config = configs()[model_name]
-        trained = train_reference(write_model(config, folder / model_name), phases, steps, mini_batch=4)
-        reference[name] = vars(trained) | {
-            "model": model_name,
-            "schedule": schedule,
-            "tied": config.tie_word_embeddings,
-            "internal_first": not schedule.startswith("full"),
-        }
-    torch.save(reference, folder / "reference.pt")
-    return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
