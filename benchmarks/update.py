@@ -5,7 +5,10 @@
 An update is: old log-probs, forward, backward, AdamW step, in fp32. The published method runs the whole model in both
 phases, unembeds the internal and the final hidden state at every position and takes log-softmax of both. Each
 implementation lives in a process of its own, which gives each its own peak memory; they take turns, one update at a
-time, so that whatever else the machine does hits both. Medians over the rounds; peaks are of the resident set.
+time, so that whatever else the machine does hits both. Medians over the rounds; peaks are of the resident set, on a GPU
+of the memory that torch allocated there. Another dtype with --bf16; without a folder, random weights of a known shape:
+
+    python benchmarks/update.py --shape qwen3-0.6b --bf16 --responses 8 --length 2048 --response-length 1792
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,7 +32,31 @@ from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import Rollout
 
 Update = Callable[[PolicySpec], float]
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+}
 OPEN = ExitStack()  # what a child holds until it ends
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float32
+
+
+def write_random_model(shape: str, folder: str) -> None:
+    """A HuggingFace folder of a known shape with random weights in bf16: nothing has to be fetched."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SHAPES[shape])).bfloat16().save_pretrained(folder)
 
 
 def make_rollouts(args: argparse.Namespace, vocab_size: int) -> list[Rollout]:
@@ -54,14 +82,15 @@ def ours(args: argparse.Namespace) -> Update:
     arch = Architecture.from_hf(args.hf_model)
     specs = (PolicySpec("layer", args.layer, False), PolicySpec())
     weights = HFWeights(args.hf_model)
-    actor = Actor(arch, weights, ParallelConfig(), OptimizerConfig(), state, torch.float32, specs)
+    actor = Actor(arch, weights, ParallelConfig(), OptimizerConfig(), state, dtype_of(args), specs)
     rollouts = make_rollouts(args, arch.vocab_size)
     values = advantages([float(r.reward or 0) for r in rollouts], [r.group for r in rollouts], "grpo")
 
     def update(spec: PolicySpec) -> float:
         batches = pack_for(state, rollouts, max_tokens=args.responses * args.length)
         for batch, output in zip(batches, actor.score(batches, spec, 1.0), strict=True):
-            batch.values = {"advantages": values[batch.responses][batch.segments], "old_logprobs": output.logprobs}
+            chosen = values[batch.responses].to(state.device)[batch.segments]
+            batch.values = {"advantages": chosen, "old_logprobs": output.logprobs}
         return actor.update(batches, spec, LossConfig(), lr=1e-6, temperature=1.0).grad_norm
 
     return update
@@ -71,14 +100,16 @@ def plain_huggingface(args: argparse.Namespace) -> Update:
     """The published method: whole model, both unembeddings, log-softmax of all positions."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.hf_model, dtype=torch.float32, attn_implementation="sdpa")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(args.hf_model, dtype=dtype_of(args), attn_implementation="sdpa")
+    model.to(device)
     matrices = [param for param in model.parameters() if param.dim() > 1]
     vectors = [param for param in model.parameters() if param.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-6)
     rollouts = make_rollouts(args, model.config.vocab_size)
-    ids = torch.tensor([rollout.prompt_tokens + rollout.response_tokens for rollout in rollouts])
-    advantages = torch.tensor([0.7071 if rollout.reward else -0.7071 for rollout in rollouts])[:, None]
+    ids = torch.tensor([rollout.prompt_tokens + rollout.response_tokens for rollout in rollouts], device=device)
+    advantages = torch.tensor([0.7071 if rollout.reward else -0.7071 for rollout in rollouts], device=device)[:, None]
 
     def logprobs(spec: PolicySpec) -> torch.Tensor:
         output = model(ids, output_hidden_states=True, use_cache=False)
@@ -112,16 +143,30 @@ def serve(args: argparse.Namespace) -> None:
     update = IMPLEMENTATIONS[args.serve](args)
     for line in sys.stdin:
         spec = PolicySpec.parse(line.strip())
-        Path("/proc/self/clear_refs").write_text("5")  # restarts the peak of the resident set
+        restart_peak()
         started = time.perf_counter()
-        norm = update(spec)
+        norm = update(spec)  # a number: the device has finished
         seconds = time.perf_counter() - started
-        peak = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
-        print(json.dumps({"seconds": seconds, "peak_mb": int(peak.split()[1]) / 1e3, "grad_norm": norm}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_mb": peak_mb(), "grad_norm": norm}), flush=True)
+
+
+def restart_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1e3
 
 
 def start(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
-    words = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key != "serve"]
+    numbers = ("hf_model", "layer", "responses", "length", "response_length", "threads")
+    words = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in numbers] + ["--bf16"] * args.bf16
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
         [sys.executable, __file__, f"--serve={name}", *words],
@@ -142,22 +187,39 @@ def ask(child: subprocess.Popen[str], spec: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf-model", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf-model")
+    source.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--layer", type=int, default=6)
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens of prompt and response")
     parser.add_argument("--response-length", type=int, default=448)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--phases", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--serve", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(args)
         return
+    name_of_model = args.hf_model or f"random {args.shape}"
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape:
+            write_random_model(args.shape, folder)
+            args.hf_model = folder
+        compare(args, name_of_model)
+
+
+def compare(args: argparse.Namespace, name_of_model: str) -> None:
+    """Let the implementations take turns, and print what they took."""
     children = {name: start(name, args) for name in IMPLEMENTATIONS}
-    print(f"{args.hf_model}: {args.responses} x {args.length} tokens ({args.response_length} response), fp32")
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} thread(s)"
+    print(f"{name_of_model}, {'bf16' if args.bf16 else 'fp32'}, {place}")
+    print(f"{args.responses} x {args.length} tokens ({args.response_length} response), {args.rounds} rounds")
     print(f"{'policy':<10}{'implementation':<16}{'seconds':>9}{'peak MB':>10}{'grad norm':>12}")
-    for spec in (f"layer:{args.layer}", "full"):
+    for phase in args.phases:
+        spec = f"layer:{args.layer}" if phase == 1 else "full"
         seen: dict[str, list[dict[str, Any]]] = {name: [] for name in children}
         for _ in range(args.rounds + 1):  # the first one warms up
             for name, child in children.items():
@@ -169,9 +231,9 @@ def main() -> None:
             medians[name] = (seconds, peak)
             print(f"{spec:<10}{name:<16}{seconds:>9.2f}{peak:>10.0f}{answers[0]['grad_norm']:>12.5f}", flush=True)
         (our_seconds, our_peak), (their_seconds, their_peak) = (medians[name] for name in IMPLEMENTATIONS)
-        print(
-            f"{spec:<10}{their_seconds / our_seconds:.2f}x as fast, {our_peak / their_peak:.0%} of the peak", flush=True
-        )
+        ratio, share = their_seconds / our_seconds, our_peak / their_peak
+        tokens_per_s = args.responses * args.length / our_seconds
+        print(f"{spec:<10}{ratio:.2f}x as fast, {share:.0%} of the peak, {tokens_per_s:.0f} tokens/s", flush=True)
     for child in children.values():
         assert child.stdin is not None
         child.stdin.close()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from megatron_bupo import __version__
@@ -27,6 +29,8 @@ DESCRIPTIONS = {
     "select-layer": "the suggested internal layer, with its reasons (not there yet)",
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
+# torchrun ends every process as soon as one has ended: the others wait this long for the first one's line.
+FIRST_RANK_SPEAKS_S = 20.0
 
 
 def _help() -> str:
@@ -58,13 +62,21 @@ def _run(words: Sequence[str]) -> None:
     importlib.import_module(f"megatron_bupo.commands.{command}").run(config)
 
 
+def _report(error: UsageError) -> None:
+    """One line on stderr from the first rank; from another one only if the first finds nothing wrong."""
+    if os.environ.get("RANK", "0") != "0":
+        # What torchrun sends when the first rank has ended: this one found the same, and ends the same.
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(USAGE_ERROR))
+        time.sleep(FIRST_RANK_SPEAKS_S)
+    print(f"megatron-bupo: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for bad input (one line on rank 0's stderr) or 130 for Ctrl-C."""
     try:
         _run(sys.argv[1:] if words is None else words)
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megatron-bupo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _report(error)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED

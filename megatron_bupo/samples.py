@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -98,11 +99,11 @@ class Rollout:
                 continue
             if not isinstance(values, list) or len(values) != len(self.response_tokens):
                 raise UsageError(f"{where}: '{name}' must have one entry per response token")
-            if not all(isinstance(value, int | float) for value in values):
-                raise UsageError(f"{where}: '{name}' has entries that are no numbers")
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+                raise UsageError(f"{where}: '{name}' has entries that are no finite numbers")
         if any(value not in (0, 1) for value in self.mask):
             raise UsageError(f"{where}: 'response_mask' has entries other than 0 and 1")
-        if self.reward is not None and (not isinstance(self.reward, int | float) or self.reward != self.reward):
+        if self.reward is not None and not (isinstance(self.reward, int | float) and math.isfinite(self.reward)):
             raise UsageError(f"{where}: 'reward' is {self.reward!r}; it must be a finite number")
 
 

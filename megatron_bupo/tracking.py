@@ -31,7 +31,6 @@ class Tracker:
         self._folder = Path(save) if save else None
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = (self._folder / "metrics.jsonl").open("a", encoding="utf-8") if self._folder else None
         board = tensorboard_dir or (str(self._folder / "tensorboard") if self._folder else None)
         self._board = SummaryWriter(board) if board else None
 
@@ -45,9 +44,9 @@ class Tracker:
 
     def log(self, metrics: Metrics) -> None:
         """One step: a line of metrics.jsonl, and its numbers in TensorBoard (a list as its mean)."""
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(metrics) + "\n")
-            self._metrics.flush()
+        if self._folder is not None:
+            with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
         if self._board is None:
             return
         step = metrics["step"]
@@ -60,8 +59,6 @@ class Tracker:
         self._board.flush()
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
         if self._board is not None:
             self._board.close()
 

@@ -54,6 +54,8 @@ class PackedSdpaAttention(nn.Module):
             [T, heads * head_dim] in the dtype of `query`.
         """
         assert packed_seq_params is not None and attention_mask is None and attention_bias is None
+        # A view of the fused projection's output would keep all of it for the backward.
+        value = value.contiguous()
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         outputs = [
             F.scaled_dot_product_attention(

@@ -25,17 +25,8 @@ from torch import Tensor, nn
 from megatron_bupo.config import ParallelConfig
 from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.model.attention import PackedSdpaAttention
+from megatron_bupo.model.light import RMSNorm, SwiGLU
 from megatron_bupo.parallel.setup import ParallelState
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with the constructor that megatron-core calls, also under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
-        # megatron-core sums the gradients of marked parameters over the tensor-parallel ranks, whose tokens differ.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class HiddenStateModel(GPTModel):
@@ -70,6 +61,8 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         perform_initialization=False,  # every parameter is loaded
         # The loss is a sum over tokens divided by the number of tokens in the global mini-batch, in every layout.
         calculate_per_token_loss=True,
+        # megatron-core's name for "the activation is a module of the layer spec": there it is model/light.py's.
+        use_te_activation_func=not has_transformer_engine(),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -89,6 +82,7 @@ def _layer_spec(arch: Architecture) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.mlp.submodules.activation_func = SwiGLU
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = PackedSdpaAttention
     if arch.qk_norm:

@@ -107,7 +107,7 @@ class Trainer:
             updates = [self.actor.update(batches, spec, self.loss, lr, self.temperature) for batches in mini_batches]
         with self._timed("weight_sync"):
             self.source.update_weights(self.actor.hf_tensors(), version=str(step))
-
+        movement = self._movement(before)
         seconds = batch.seconds | self._seconds | {"step": time.perf_counter() - started}
         return {
             "step": step,
@@ -118,7 +118,7 @@ class Trainer:
             "entropy": scored["entropy"],
             **({"entropy_full": watched["entropy"]} if watched else {}),
             **{name: value for name, value in watched.items() if name.startswith("logprob_diff")},
-            **self._movement(before),
+            **movement,
         }
 
     def _movement(self, before: list[Tensor]) -> Metrics:

@@ -1,0 +1,136 @@
+"""Bad prompts, rollout files, rewards and outputs: exit code 2, one line, nothing started, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.bad_input.commands import COMMANDS, GOOD_ROW
+
+BAD_PROMPTS = {
+    "empty": ("", "no rows in it"),
+    "blank": ("\n\n", "no rows in it"),
+    "malformed": (GOOD_ROW + '{"prompt": "w2"', "row 2: not JSON"),
+    "no object": (GOOD_ROW + "[1]\n", "row 2: a list instead of a JSON object"),
+    "no prompt": ('{"question": "w2", "answer": 1}\n', "row 1: no column 'prompt' (it has: question, answer)"),
+    "number": ('{"prompt": 7, "answer": 1}\n', "row 1: 'prompt' is a int"),
+    "messages without template": (
+        '{"prompt": [{"role": "user", "content": "w2"}], "answer": 1}\n',
+        "the tokenizer has no chat template",
+    ),
+    "all too long": (GOOD_ROW * 3, "all 3 prompts are longer than 1 tokens"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("bad", BAD_PROMPTS)
+def test_prompt_data(bad: str, command: str, case: Path, refused: Callable[..., str]) -> None:
+    text, expected = BAD_PROMPTS[bad]
+    (case / "prompts.jsonl").write_text(text)
+    flags = ["--rollout-max-prompt-len", "1"] if bad == "all too long" else []
+    assert expected in refused(command, *flags)
+
+
+def test_prompt_data_that_only_train_refuses(case: Path, refused: Callable[..., str]) -> None:
+    assert "--rollout-batch-size 7: the data have 6 prompts" in refused("train", "--rollout-batch-size", "7")
+    (case / "prompts.jsonl").write_text('{"prompt": "w2"}\n')
+    assert "row 1: neither 'reward_model.ground_truth' nor 'answer'" in refused("train")
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_parquet_that_is_none(command: str, case: Path, refused: Callable[..., str]) -> None:
+    file = case / "prompts.parquet"
+    file.write_text(GOOD_ROW)
+    assert "prompts.parquet: cannot be read" in refused(command, "--prompt-data", str(file))
+
+
+# --- rollout files
+
+
+def edit_record(path: Path, **values: Any) -> None:
+    """Change the last record; None removes a key."""
+    lines = path.read_text().splitlines()
+    record = {key: value for key, value in (json.loads(lines[-1]) | values).items() if value is not None}
+    path.write_text("\n".join([*lines[:-1], json.dumps(record)]) + "\n")
+
+
+BAD_ROLLOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda f: f.write_text(""), "the file is empty"),
+    "malformed": (lambda f: f.write_text(f.read_text() + "{\n"), ":5: not JSON"),
+    "no text": (lambda f: f.write_bytes(b"\xff\xfe\x00"), "not UTF-8 text"),
+    "no tokens": (lambda f: edit_record(f, response_tokens=[]), ":4: 'response_tokens' must be a list of at least one"),
+    "a key less": (lambda f: edit_record(f, prompt_tokens=None), ":4: the key 'prompt_tokens' is missing"),
+    "mask too short": (lambda f: edit_record(f, response_mask=[]), ":4: 'response_mask' must have one entry"),
+    "beyond the vocabulary": (lambda f: edit_record(f, prompt_tokens=[3, 101]), ":4: token id 101, but the model's"),
+}
+
+
+@pytest.mark.parametrize("command", ["replay", "score"])
+@pytest.mark.parametrize("bad", BAD_ROLLOUTS)
+def test_rollout_files(bad: str, command: str, case: Path, refused: Callable[..., str]) -> None:
+    break_file, expected = BAD_ROLLOUTS[bad]
+    break_file(case / "rollouts" / "step_000001.jsonl")
+    assert expected in refused(command)
+
+
+def test_replays_that_cannot_run_to_their_end(case: Path, refused: Callable[..., str]) -> None:
+    assert "step_000003.jsonl: no such file; a replay of 3 steps" in refused("replay", "--train-iters", "3")
+    assert "4 responses; rollout-batch-size x n-samples-per-prompt asks for 6" in refused(
+        "replay", "--rollout-batch-size", "3"
+    )
+    second = case / "rollouts" / "step_000002.jsonl"
+    edit_record(second, reward=None)
+    assert "step_000002.jsonl:4: the key 'reward' is missing" in refused("replay")
+    edit_record(second, reward=float("nan"))
+    assert "step_000002.jsonl:4: 'reward' is nan" in refused("replay")
+
+
+# --- rewards and outputs
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("def half(record:\n", "is not valid Python"), ("def whole(record):\n    return 1\n", "defines no 'half'")],
+)
+def test_reward_files(source: str, expected: str, case: Path, refused: Callable[..., str]) -> None:
+    (case / "reward.py").write_text(source)
+    assert expected in refused("train")
+
+
+def test_outputs_that_are_taken(case: Path, refused: Callable[..., str]) -> None:
+    taken = case / "out"
+    for name in ("save/metrics.jsonl", "hf/config.json", "rollouts/step_000001.jsonl"):
+        (taken / name).parent.mkdir(parents=True)
+        (taken / name).write_text("{}\n")
+        before = sorted(taken.rglob("*"))
+        assert "already holds" in refused("train", out_exists=True)
+        assert sorted(taken.rglob("*")) == before
+        shutil.rmtree(taken)
+    taken.write_text("a file")
+    for command in COMMANDS:
+        assert "out is a file, not a folder" in refused(command, out_exists=True)
+
+
+@pytest.mark.parametrize("exists", ["empty", "save", "above save"])
+def test_an_export_that_would_be_refused_at_the_end_is_refused_at_the_start(
+    exists: str, case: Path, refused: Callable[..., str]
+) -> None:
+    """The export takes a name that is not there; after hours of training it would be too late to say so."""
+    export = {"empty": case / "rollouts", "save": case / "out" / "save", "above save": case / "out"}[exists]
+    assert "--save-hf" in refused("train", "--save-hf", str(export))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_outputs_that_may_not_be_written(
+    command: str, case: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case / "out").mkdir(mode=0o555)
+    if os.geteuid() == 0:  # root may write everywhere: only the answer to the question can be played
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != case / "out")
+    assert "may not be written" in refused(command, out_exists=True)
