@@ -24,7 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).to(x.dtype) * weight
+        return (wide * rstd).to(x.dtype).mul_(weight)
 
     @staticmethod
     @once_differentiable
@@ -71,8 +71,11 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat([grad_gate, F.silu(gate).mul_(grad)], dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_x
 
 
 class SwiGLU(MegatronModule):

@@ -18,6 +18,7 @@ from megatron_bupo.config import OptimizerConfig, ParallelConfig
 from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.model.parallel_model import ParallelModel
 from megatron_bupo.model.policy import PolicyOutput, run_policy
+from megatron_bupo.parallel.cpu import give_freed_memory_back
 from megatron_bupo.parallel.reduce import reduce_everywhere
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
@@ -107,6 +108,8 @@ class Actor(ParallelModel):
         )
         names = [*LOSS_METRICS, *(["kl"] if loss.kl_loss_coef else []), "loss", "count"]
         sums = reduce_everywhere(self.state, collected, names)
+        if self.state.device.type == "cpu":
+            give_freed_memory_back()
         # The count of this rank: Megatron sums it over the data-parallel ranks and divides the gradients by it.
         count = torch.zeros([], dtype=torch.int, device=self.state.device)
         for values in collected:

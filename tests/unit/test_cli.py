@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -277,34 +276,6 @@ def test_main_turns_exceptions_into_exit_codes(
     monkeypatch.setitem(sys.modules, name, _Recorder(RuntimeError("a fault of the program")))
     with pytest.raises(RuntimeError, match="a fault of the program"):
         program.main(["train", *words["train"]])
-
-
-def test_only_rank_0_prints_while_it_lives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    slept: list[float] = []
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(program.time, "sleep", slept.append)
-    assert program.main(["train", "--lr", "x"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert slept == []
-
-    def end_as_torchrun_does(seconds: float) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setenv("RANK", "1")
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        monkeypatch.setattr(program.time, "sleep", end_as_torchrun_does)
-        with pytest.raises(SystemExit) as ended:
-            program.main(["train", "--lr", "x"])
-        assert ended.value.code == 2
-        assert capsys.readouterr().err == ""
-        # Rank 0 found nothing wrong and did not end: then this rank has to say it.
-        monkeypatch.setattr(program.time, "sleep", slept.append)
-        assert program.main(["train", "--lr", "x"]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
-        assert slept == [program.FIRST_RANK_SPEAKS_S]
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def test_world_size_is_checked_before_the_start(

@@ -107,7 +107,6 @@ def test_flags():
         ({"internal_steps": 30}, "without --internal-layer"),
         ({"internal_module": "attn"}, "without --internal-layer"),
         ({"internal_policy_norm": "final"}, "without --internal-layer"),
-        ({"internal_layer": 6}, "leave out both"),
         ({"internal_layer": 6, "internal_steps": 301}, r"to --train-iters \(300\)"),
         ({"internal_layer": 6, "internal_steps": -1}, "to --train-iters"),
         ({"internal_layer": 0, "internal_steps": 3}, "numbered from 1"),
