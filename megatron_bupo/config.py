@@ -206,20 +206,30 @@ class RunConfig(Group):
 
     save: str | None = flag("the run's folder: run.json, metrics.jsonl", None, metavar="DIR")
     save_hf: str | None = flag("HuggingFace export at the end, in the training dtype", None, metavar="DIR")
-    save_interval: int | None = flag("steps between checkpoints: not there yet", None)
-    load: str | None = flag("go on from a checkpoint: not there yet", None, metavar="DIR")
+    save_interval: int | None = flag("steps between checkpoints; the last step has one too", None, low=1)
+    keep: int | None = flag("how many of the newest checkpoints stay (default: all)", None, low=1)
+    load: str | None = flag("go on from a run's folder, or start from a converted checkpoint", None, metavar="DIR")
+    allow_changed_run: bool = flag("go on under --load although data, model, schedule or seed changed", False)
     tensorboard_dir: str | None = flag("TensorBoard's files (default: under --save)", None, metavar="DIR")
     seed: int = flag("of the run: order of prompts, sampling", 1234, low=0, below=2**32)
     dry_run: bool = flag("print the resolved run and exit", False)
 
     def check(self) -> None:
         super().check()
-        for name, value in (("--save-interval", self.save_interval), ("--load", self.load)):
-            if value is not None:
-                raise UsageError(f"{name} {value}: checkpoints are not there yet; leave the flag out")
-        check_folder("save", self.save, taken="metrics.jsonl")
+        if self.save_interval is not None and self.save is None:
+            raise UsageError(f"--save-interval {self.save_interval}: checkpoints lie under --save DIR; give one")
+        if self.keep is not None and self.save_interval is None:
+            raise UsageError(f"--keep {self.keep}: goes only with --save-interval")
+        if self.allow_changed_run and self.load is None:
+            raise UsageError("--allow-changed-run: goes only with --load DIR")
+        check_folder("save", self.save, taken=None if self.continues else "metrics.jsonl")
         check_folder("save_hf", self.save_hf, taken="config.json")
         check_folder("tensorboard_dir", self.tensorboard_dir)
+
+    @property
+    def continues(self) -> bool:
+        """Whether --load and --save name one folder: the run goes on where it stopped, or starts if it never did."""
+        return None not in (self.load, self.save) and Path(str(self.load)).resolve() == Path(str(self.save)).resolve()
 
 
 @dataclass(frozen=True)

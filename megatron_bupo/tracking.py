@@ -25,14 +25,14 @@ Metrics = dict[str, Any]
 
 
 class Tracker:
-    """Writes on one rank; without `save` and `tensorboard_dir` it writes nothing."""
+    """Writes on one rank; without `save` and `tensorboard_dir` it writes nothing. `done` steps were logged before."""
 
-    def __init__(self, save: str | None, tensorboard_dir: str | None) -> None:
+    def __init__(self, save: str | None, tensorboard_dir: str | None, done: int = 0) -> None:
         self._folder = Path(save) if save else None
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
         board = tensorboard_dir or (str(self._folder / "tensorboard") if self._folder else None)
-        self._board = SummaryWriter(board) if board else None
+        self._board = SummaryWriter(board, purge_step=done + 1) if board else None
 
     def write_run(self, run: dict[str, Any]) -> None:
         """SAVE/run.json, written beside and renamed."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
-from megatron_bupo.data.rollout_files import check_replay
+from megatron_bupo.data.rollout_files import check_replay, replay_fingerprint
 from megatron_bupo.errors import UsageError
 from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
@@ -17,6 +18,8 @@ from megatron_bupo.rewards.runner import RewardFunction, RewardRunner
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.engine import SamplingParams, stop_token_ids
 from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSource
+from megatron_bupo.tracking import Tracker, describe_run, fingerprint
+from megatron_bupo.training.run_state import RunIdentity, Start, cut_metrics, find_start
 from megatron_bupo.weights.hf_files import HFWeights, write_hf_folder
 from megatron_bupo.weights.table import table_for
 
@@ -35,6 +38,8 @@ def run(config: TrainConfig) -> None:
     weights.check(table_for(arch))
     _check_export(config)
     prompts = _check_data(config, arch)
+    identity = _identity(config, schedule, prompts)
+    start = find_start(config.run, identity)
     if config.run.dry_run:
         if os.environ.get("RANK", "0") == "0":
             from megatron_bupo.training.plan import describe_plan
@@ -42,7 +47,7 @@ def run(config: TrainConfig) -> None:
             print(describe_plan(config, arch, schedule, world_size_from_environment()))
         return
     with parallel_state(config.parallel, config.run.seed) as state:
-        _train(config, arch, schedule, weights, prompts, state)
+        _train(config, arch, schedule, weights, prompts, state, identity, start)
 
 
 def _schedule(config: TrainConfig) -> PolicySchedule:
@@ -123,6 +128,20 @@ def _source(config: TrainConfig, prompts: PromptSet | None, state: ParallelState
     return EmbeddedGeneration(engine, prompts, tokenizer, rewards, rollout, params, state)
 
 
+def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet | None) -> RunIdentity:
+    """What makes this run this run: a resume compares it."""
+    steps = config.schedule.train_iters
+    folder = config.rollout.load_rollouts
+    return RunIdentity(
+        model=fingerprint(Path(config.model.hf_model)),
+        data=prompts.fingerprint() if prompts is not None else replay_fingerprint(str(folder), steps),
+        seed=config.run.seed,
+        rollout_batch_size=config.rollout.rollout_batch_size,
+        n_samples_per_prompt=config.rollout.n_samples_per_prompt,
+        phases=tuple(str(schedule.at(step)) for step in range(1, steps + 1)),
+    )
+
+
 def _train(
     config: TrainConfig,
     arch: Architecture,
@@ -130,21 +149,39 @@ def _train(
     weights: HFWeights,
     prompts: PromptSet | None,
     state: ParallelState,
+    identity: RunIdentity,
+    start: Start,
 ) -> None:
-    from megatron_bupo.tracking import Tracker, describe_run
+    # These import megatron-core, which is quiet about what it misses only when parallel_state has imported it.
     from megatron_bupo.training.actor import Actor
+    from megatron_bupo.training.checkpoint import load_checkpoint, save_checkpoint
     from megatron_bupo.training.trainer import Trainer
 
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-    actor = Actor(arch, weights, config.parallel, config.optimizer, state, dtype, schedule.specs)
+    specs = schedule.specs
+    actor = Actor(arch, weights, config.parallel, config.optimizer, state, dtype, specs, start.converted)
     source = _source(config, prompts, state, dtype)
     tracker = None
     if state.rank == 0:
-        tracker = Tracker(config.run.save, config.run.tensorboard_dir)
-        data = {"replay": config.rollout.load_rollouts} if prompts is None else {"sha256": prompts.fingerprint()}
-        tracker.write_run(describe_run(config, schedule.describe(), data))
+        if config.run.save:
+            cut_metrics(Path(config.run.save), start.done)
+        tracker = Tracker(config.run.save, config.run.tensorboard_dir, start.done)
+        tracker.write_run(describe_run(config, schedule.describe(), asdict(identity) | {"changes": start.changes}))
+    trainer = Trainer(config, schedule, actor, source, state, tracker)
+    if start.folder is not None and start.state is not None:
+        load_checkpoint(actor, start.folder, start.state)
+        if tracker is not None:
+            print(f"{start.folder}: going on after step {start.done}")
+
+    def save(step: int) -> None:
+        assert config.run.save is not None
+        folder, hf_model = Path(config.run.save), Path(config.model.hf_model)
+        save_checkpoint(actor, folder, step, identity, hf_model, config.run.keep)
+
     try:
-        Trainer(config, schedule, actor, source, state, tracker).run()
+        if config.run.load is not None:  # the engine has the model's weights, not the checkpoint's
+            source.update_weights(actor.hf_tensors(), version=str(start.done))
+        trainer.run(start.done, save if config.run.save_interval else None)
     finally:
         source.close()
         if tracker is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -73,6 +74,14 @@ def check_replay(directory: str | Path, train_iters: int, num_responses: int, vo
         for number, rollout in enumerate(rollouts, start=1):
             if rollout.reward is None:
                 raise UsageError(f"{path}:{number}: the key 'reward' is missing; a replay takes rewards as they stand")
+
+
+def replay_fingerprint(directory: str | Path, train_iters: int) -> str:
+    """sha256 over the files of a replay: equal exactly if training sees the same rollouts."""
+    digest = hashlib.sha256()
+    for step in range(1, train_iters + 1):
+        digest.update(step_file(directory, step).read_bytes())
+    return digest.hexdigest()
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,19 @@ from megatron_bupo.model.policy import PolicyOutput, run_policy
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import MicroBatch
+from megatron_bupo.weights.dist_checkpoint import load_model
 from megatron_bupo.weights.hf_files import HFWeights
 from megatron_bupo.weights.sharding import global_named_parameters, hf_tensors, load_hf
 
 
 class ParallelModel:
-    """The model chunks of this rank with the weights of a HuggingFace folder, read slice by slice."""
+    """The model chunks of this rank with the weights of a HuggingFace folder, read slice by slice.
+
+    Args:
+        weights: of the folder.
+        dtype: of parameters and activations.
+        converted: a distributed checkpoint to take the weights from instead.
+    """
 
     def __init__(
         self,
@@ -30,11 +38,15 @@ class ParallelModel:
         parallel: ParallelConfig,
         state: ParallelState,
         dtype: torch.dtype,
+        converted: Path | None = None,
     ) -> None:
         self.arch = arch
         self.state = state
         self.chunks: list[HiddenStateModel] = build_model(arch, parallel, state, dtype)
-        self._load(weights)
+        if converted is None:
+            self._load(weights)
+        else:
+            load_model(self.chunks, converted)
 
     def _load(self, weights: HFWeights) -> None:
         """Fill the parameters; what one rank finds wrong in its slices, every rank raises."""

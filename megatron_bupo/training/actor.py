@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.core.distributed import (
@@ -26,6 +27,7 @@ from megatron_bupo.rl.losses import LossConfig, policy_loss
 from megatron_bupo.samples import MicroBatch
 from megatron_bupo.training.norms import ParameterNorms
 from megatron_bupo.training.optimizer import PhaseOptimizer
+from megatron_bupo.training.optimizer_state import OptimizerState
 from megatron_bupo.weights.hf_files import HFWeights
 
 # Sums over the trained tokens, as policy_loss returns them.
@@ -57,8 +59,10 @@ class Actor(ParallelModel):
         state: ParallelState,
         dtype: torch.dtype,
         specs: Sequence[PolicySpec],
+        converted: Path | None = None,
     ) -> None:
-        super().__init__(arch, weights, parallel, state, dtype)
+        super().__init__(arch, weights, parallel, state, dtype, converted)
+        self._dtype = dtype
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
@@ -70,6 +74,10 @@ class Actor(ParallelModel):
         self.norms = ParameterNorms(
             self.named_parameters(), state, dtype, sharded_masters=optimizer.use_distributed_optimizer
         )
+
+    def optimizer_state(self) -> OptimizerState:
+        """What Adam keeps, to be saved or restored."""
+        return OptimizerState(self.optimizer.megatron, self.named_parameters(), self._dtype, self.state.dp_group)
 
     def update(
         self, batches: Sequence[MicroBatch], spec: PolicySpec, loss: LossConfig, lr: float, temperature: float

@@ -53,6 +53,8 @@ def trains(spec: PolicySpec, name: str) -> bool:
 class PhaseOptimizer:
     """Megatron's optimizer, plain or distributed, of which only the groups that a policy trains take a step.
 
+    `megatron` is the wrapped optimizer.
+
     Args:
         model: the wrapped model chunks of this rank.
         parameters: (global name, parameter) of every chunk.
@@ -81,7 +83,7 @@ class PhaseOptimizer:
         }
         # Given overrides, Megatron drops its default: no weight decay on norms and biases.
         overrides[ParamKey(predicate=ParamPredicate("vector", lambda param: param.dim() == 1))] = {"wd_mult": 0.0}
-        self._optimizer = get_megatron_optimizer(
+        self.megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=config.lr,
@@ -101,7 +103,7 @@ class PhaseOptimizer:
     @contextmanager
     def _only(self, spec: PolicySpec) -> Iterator[list[dict[str, Any]]]:
         """Hide the groups that `spec` does not train from everything that the optimizer does."""
-        inner = [chained.optimizer for chained in self._optimizer.chained_optimizers if chained.optimizer is not None]
+        inner = [chained.optimizer for chained in self.megatron.chained_optimizers if chained.optimizer is not None]
         every_group = [optimizer.param_groups for optimizer in inner]
         bit = self._bits[spec]
         try:
@@ -113,7 +115,7 @@ class PhaseOptimizer:
                 optimizer.param_groups = groups
 
     def zero_grad(self) -> None:
-        self._optimizer.zero_grad()
+        self.megatron.zero_grad()
 
     def step(self, spec: PolicySpec, lr: float) -> float:
         """Clip and apply the gradients of what `spec` trains.
@@ -128,9 +130,9 @@ class PhaseOptimizer:
             for group in groups:
                 group["lr"] = lr
                 group["weight_decay"] = self._weight_decay * group["wd_mult"]
-            self._optimizer.prepare_grads()
-            norm = float(self._optimizer.get_grad_norm())
+            self.megatron.prepare_grads()
+            norm = float(self.megatron.get_grad_norm())
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient norm of policy '{spec}' is {norm}: no step was taken")
-            self._optimizer.step()
+            self.megatron.step()
         return norm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -77,16 +77,18 @@ class Trainer:
         self._reference = actor.snapshot() if self.loss.kl_loss_coef else None
         self._seconds: dict[str, float] = {}
 
-    def run(self) -> None:
-        """All steps, with a line on the console for each."""
-        steps = range(1, self.config.schedule.train_iters + 1)
-        with tqdm(total=len(steps), desc="train", unit="step", disable=self.state.rank > 0 or None) as bar:
-            for step in steps:
+    def run(self, done: int = 0, save: Callable[[int], None] | None = None) -> None:
+        """The steps after `done`, with a line on the console for each; `save` is called after those to keep."""
+        last, interval = self.config.schedule.train_iters, self.config.run.save_interval
+        with tqdm(total=last, initial=done, desc="train", unit="step", disable=self.state.rank > 0 or None) as bar:
+            for step in range(done + 1, last + 1):
                 metrics = self.step(step)
                 if self.tracker is not None:
                     self.tracker.log(metrics)
-                    bar.write(console_line(metrics, len(steps)))
+                    bar.write(console_line(metrics, last))
                 bar.update()
+                if save is not None and interval is not None and (step % interval == 0 or step == last):
+                    save(step)
 
     def step(self, step: int) -> Metrics:
         """One rollout batch: generate, score, update, hand the weights to the engine."""

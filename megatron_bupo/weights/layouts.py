@@ -73,10 +73,10 @@ class VocabParallel:
         rows = arch.padded_vocab_size(tp_size) // tp_size
         start, stop = (min(row, arch.vocab_size) for row in (tp_rank * rows, (tp_rank + 1) * rows))
         real = table[start:stop]
-        return torch.cat([real, real.new_zeros(rows - len(real), *real.shape[1:])])
+        return real if len(real) == rows else torch.cat([real, real.new_zeros(rows - len(real), *real.shape[1:])])
 
     def merge(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: arch.vocab_size],)
+        return (_joined(shards)[: arch.vocab_size],)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class RowParallel:
         return matrix[:, start:stop]
 
     def merge(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), dim=1),)
+        return (_joined(shards, dim=1),)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class QKV:
         return torch.cat(parts, dim=1).flatten(0, 1)
 
     def merge(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        packed = torch.cat(list(shards))
+        packed = _joined(shards)
         rows = [shape[0] // arch.num_query_groups for shape in self.hf_shapes(arch)]
         by_group = packed.view(arch.num_query_groups, sum(rows), *packed.shape[1:])
         return tuple(part.flatten(0, 1) for part in by_group.split(rows, dim=1))
@@ -139,7 +139,12 @@ class GateUp:
 
     def merge(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        return torch.cat(gates), torch.cat(ups)
+        return _joined(gates), _joined(ups)
+
+
+def _joined(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """All shards as one tensor; a single one as it is, without a copy."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
 
 
 def _part(size: int, tp_rank: int, tp_size: int) -> tuple[int, int]:

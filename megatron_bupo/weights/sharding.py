@@ -77,8 +77,8 @@ def hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The whole model as HuggingFace tensors, one after the other, the same on every rank and in every layout.
 
-    Order: embedding, layers, final norm, unembedding. Tensors are on the parameters' device, in their dtype; a
-    replicated one may be the parameter's own memory. A collective: every rank of both groups must draw all of them.
+    Order: embedding, layers, final norm, unembedding. Tensors are on the parameters' device, in their dtype; they may
+    be the parameters' own memory. A collective: every rank of both groups must draw all of them.
     None for a group means that it has one rank.
     """
     table = table_for(arch)

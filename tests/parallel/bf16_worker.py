@@ -32,7 +32,7 @@ class Masters:
     """This rank's fp32 masters (shards with the distributed optimizer), flat, beside a torch AdamW of their own."""
 
     def __init__(self, actor: Any) -> None:
-        self._inner = actor.optimizer._optimizer.chained_optimizers[0]
+        self._inner = actor.optimizer.megatron.chained_optimizers[0]
         self.params = {name: param for name, param in actor.named_parameters() if self._range(param) is not None}
         self.start = self.values()
         self.copies = {name: torch.nn.Parameter(value.clone()) for name, value in self.start.items()}

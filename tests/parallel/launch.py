@@ -58,5 +58,5 @@ def torchrun(
 def assert_passed(result: subprocess.CompletedProcess[str]) -> None:
     """Fail with what the ranks printed, without torchrun's banner."""
     lines = (result.stdout + result.stderr).splitlines()
-    told = [line for line in lines if line.startswith(("[rank", "off:"))][-60:]
+    told = [line for line in lines if line.startswith(("[rank", "off:", "megatron-bupo"))][-60:]
     assert result.returncode == 0, "\n".join(told)

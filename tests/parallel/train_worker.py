@@ -62,7 +62,7 @@ def build(config: TrainConfig, state: ParallelState, dtype: torch.dtype = torch.
 
 def check_untouched(trainer: Any, before: dict[str, torch.Tensor], trained_later: set[str]) -> None:
     """After phase 1 what it does not train is bit-identical, and Adam has no state for it."""
-    inner = [part.optimizer for part in trainer.actor.optimizer._optimizer.chained_optimizers]
+    inner = [part.optimizer for part in trainer.actor.optimizer.megatron.chained_optimizers]
     names = dict(trainer.actor.named_parameters())
     for name in trained_later & names.keys():
         assert torch.equal(names[name], before[name]), f"{name} moved in phase 1"

@@ -107,8 +107,9 @@ def test_groups_are_frozen(train: TrainConfig) -> None:
         ("batch", {"global_batch_size": 2048}, "must divide the 1024 responses of a step"),
         ("data", {"prompt_data": None}, "give --prompt-data FILE... or --load-rollouts DIR"),
         ("rollout", {"rollout_engine": "sglang"}, "sglang: is not there yet"),
-        ("run", {"save_interval": 10}, "checkpoints are not there yet"),
-        ("run", {"load": "somewhere"}, "checkpoints are not there yet"),
+        ("run", {"save_interval": 10}, "--save DIR"),
+        ("run", {"keep": 2}, "only with --save-interval"),
+        ("run", {"allow_changed_run": True}, "only with --load"),
     ],
 )
 def test_refused_combinations(train: TrainConfig, group: str, values: dict[str, object], words: str) -> None:

@@ -1,0 +1,90 @@
+"""Save and resume a run: one whole checkpoint or none, loaded in any layout.
+
+SAVE/latest_checkpointed_iteration.txt     the newest whole one, for Megatron's tools
+SAVE/iter_0000030/                         parameters, Adam's state (megatron-core's torch_dist), run_state.json
+SAVE/hf/                                   config, tokenizer, generation config
+
+What is random in a run is a function of (seed, step, prompt, sample, position), and so is the order of the prompts: the
+step and the seed are all the random state and the data cursor that there is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_bupo.training.actor import Actor
+from megatron_bupo.training.run_state import ITERATION, RUN_STATE, RunIdentity, RunState
+from megatron_bupo.weights.checkpoint_tree import HF, TRACKER
+from megatron_bupo.weights.dist_checkpoint import load_model, load_sharded, model_state, save_sharded
+from megatron_bupo.weights.hf_files import copy_companions
+
+
+def save_checkpoint(actor: Actor, save: Path, step: int, identity: RunIdentity, source: Path, keep: int | None) -> None:
+    """Write SAVE/iter_<step>, then name it the newest; a collective.
+
+    Args:
+        source: HuggingFace folder whose config and tokenizer go to SAVE/hf.
+        keep: how many of the newest iterations stay; None = all.
+    """
+    partial, folder = save / f".iter_{step:07d}.partial", save / f"iter_{step:07d}"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    optimizer = actor.optimizer_state()
+    parameters = model_state(actor.chunks)
+    with tqdm(desc=f"checkpoint {step}", total=1, leave=False, disable=None if first else True) as bar:
+        save_sharded(parameters | optimizer.sharded(parameters), partial)
+        bar.update()
+    steps: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(steps, optimizer.steps())
+    if first:
+        merged = {name: count for part in steps for name, count in part.items()}
+        (partial / RUN_STATE).write_text(RunState(step, identity, merged).to_json(), encoding="utf-8")
+        _write_hf_side(source, save)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        _write_tracker(save, step)
+        _remove_old(save, keep)
+    dist.barrier()
+
+
+def load_checkpoint(actor: Actor, folder: Path, state: RunState) -> None:
+    """Fill parameters and Adam's state from SAVE/iter_*, in this run's layout; a collective."""
+    load_model(actor.chunks, folder)
+    optimizer = actor.optimizer_state()
+    room = optimizer.sharded(model_state(actor.chunks), empty=True)
+    optimizer.restore(load_sharded(room, folder), state.optimizer_steps)
+
+
+def _write_hf_side(source: Path, save: Path) -> None:
+    if (save / HF / "config.json").is_file():
+        return
+    beside = save / f".{HF}.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    copy_companions(source, beside)
+    shutil.copy2(source / "config.json", beside / "config.json")
+    os.replace(beside, save / HF)
+
+
+def _write_tracker(save: Path, step: int) -> None:
+    beside = save / f".{TRACKER}.part"
+    beside.write_text(f"{step}\n", encoding="utf-8")
+    os.replace(beside, save / TRACKER)
+
+
+def _remove_old(save: Path, keep: int | None) -> None:
+    if keep is None:
+        return
+    iterations = sorted(path for path in save.glob("iter_*") if ITERATION.fullmatch(path.name))
+    for path in iterations[:-keep]:
+        doomed = path.with_name(f".{path.name}.old")
+        os.replace(path, doomed)  # a folder that is half removed must not look whole
+        shutil.rmtree(doomed)

@@ -1,0 +1,140 @@
+"""Where a run stands, and whether another start is the same run: small JSON, read before any process group exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_bupo.config import RunConfig
+from megatron_bupo.errors import UsageError
+from megatron_bupo.weights.checkpoint_tree import TRACKER, find_checkpoint
+
+RUN_STATE = "run_state.json"
+SCHEMA = 1
+ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must be the same when a run goes on. `phases` is the policy of every step, `data` a hash."""
+
+    model: str
+    data: str
+    seed: int
+    rollout_batch_size: int
+    n_samples_per_prompt: int
+    phases: tuple[str, ...]
+
+    def differences(self, saved: RunIdentity, step: int) -> list[str]:
+        """What changed since `saved`, in words; steps that neither run has taken yet may be scheduled anew."""
+        found = [
+            f"{name}: {getattr(saved, name)} then, {getattr(self, name)} now"
+            for name in ("model", "data", "seed", "rollout_batch_size", "n_samples_per_prompt")
+            if getattr(saved, name) != getattr(self, name)
+        ]
+        common = min(len(saved.phases), len(self.phases))
+        changed = [index + 1 for index in range(common) if saved.phases[index] != self.phases[index]]
+        if changed:
+            first = changed[0]
+            found.append(f"policy of step {first}: {saved.phases[first - 1]} then, {self.phases[first - 1]} now")
+        if step > len(self.phases):
+            found.append(f"steps: {step} taken, {len(self.phases)} wanted")
+        return found
+
+
+@dataclass(frozen=True)
+class RunState:
+    """SAVE/iter_*/run_state.json: where the run stands."""
+
+    step: int
+    identity: RunIdentity
+    optimizer_steps: dict[str, int]
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> RunState:
+        """Read FOLDER/run_state.json.
+
+        Raises:
+            UsageError: missing, broken, or of another schema.
+        """
+        path = folder / RUN_STATE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise UsageError(f"{path}: schema {content['schema']}; this version reads {SCHEMA}")
+            identity = content["identity"] | {"phases": tuple(content["identity"]["phases"])}
+            return cls(int(content["step"]), RunIdentity(**identity), content["optimizer_steps"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: no run state that can be read ({type(error).__name__}: {error})") from error
+
+
+def newest_checkpoint(save: str | Path) -> Path | None:
+    """The newest whole iteration under a run's folder: folders get their name when all in them is written."""
+    found = [path for path in Path(save).glob("iter_*") if ITERATION.fullmatch(path.name)]
+    whole = [path for path in found if (path / RUN_STATE).is_file()]
+    return max(whole, key=lambda path: int(path.name.removeprefix("iter_")), default=None)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after step `done`, from the iteration `folder` (None: from its model).
+
+    `converted` is a converted checkpoint whose weights the run starts from; `changes` what it was told to go on with.
+    """
+
+    done: int = 0
+    folder: Path | None = None
+    state: RunState | None = None
+    converted: Path | None = None
+    changes: tuple[str, ...] = ()
+
+
+def find_start(run: RunConfig, identity: RunIdentity) -> Start:
+    """What --load names: the newest whole checkpoint of a run, or a converted one.
+
+    A folder that is --save as well may be empty still: then the run starts at its beginning, so that one command line
+    serves for the first start and for every restart.
+
+    Raises:
+        UsageError: nothing to load, or it is of another run and --allow-changed-run is not given.
+    """
+    if run.load is None:
+        return Start()
+    folder = newest_checkpoint(run.load)
+    if folder is None:
+        if run.continues and not (Path(run.load) / TRACKER).is_file():
+            return Start()
+        found = find_checkpoint(run.load)
+        if not found.converted:
+            raise UsageError(f"--load {run.load}: no whole checkpoint is there")
+        return Start(converted=found.folder)
+    state = RunState.read(folder)
+    changes = identity.differences(state.identity, state.step)
+    if changes and not run.allow_changed_run:
+        raise UsageError(
+            f"--load {run.load}: this is another run than the one there ({'; '.join(changes)}); give the same flags, "
+            "or --allow-changed-run to go on"
+        )
+    return Start(state.step, folder, state, changes=tuple(changes))
+
+
+def cut_metrics(save: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`: the run takes those steps again. Written beside and renamed."""
+    path = save / "metrics.jsonl"
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A kill can leave half a line at the end: only of a step that is taken again.
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    beside = path.with_name(".metrics.jsonl.part")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,91 @@
+"""A run that was stopped and started again ends as one that never stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.parallel.launch import LAYOUTS, ROOT, assert_passed, torchrun
+from tests.parallel.resume_worker import STEPS, differences, stopped_after, timeless, train_words
+
+DP2 = ["--use-distributed-optimizer"]
+
+
+def torchrun_train(processes: int, words: list[str], run: Path, *flags: str) -> None:
+    files = ["--save", str(run), "--save-hf", str(run / "out")]
+    assert_passed(torchrun(processes, "-m", "megatron_bupo", *words, *files, *flags))
+
+
+def test_one_process_stopped_after_every_step(train_cases: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "tests/parallel/resume_worker.py", str(train_cases), str(tmp_path)]
+    assert_passed(subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False))
+
+
+@pytest.fixture(scope="module")
+def distributed_run(train_cases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data-parallel ranks that share the optimizer's state, a checkpoint after every step."""
+    run = tmp_path_factory.mktemp("resume") / "whole"
+    torchrun_train(2, train_words(train_cases, "layer:2x2,full"), run, *DP2, "--save-interval", "1")
+    return run
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_distributed_optimizer_resumes_to_the_bit(
+    step: int, train_cases: Path, distributed_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    stopped_after(distributed_run, step, run)
+    shutil.rmtree(run / "out")
+    torchrun_train(2, train_words(train_cases, "layer:2x2,full"), run, *DP2, "--load", str(run))
+    assert differences(distributed_run / "out", run / "out") == []
+    assert timeless(run) == timeless(distributed_run)
+
+
+@pytest.mark.parametrize("layout", ["TP2xPP2", "PP2xVPP2"])
+def test_another_layout_goes_on(layout: str, train_cases: Path, distributed_run: Path, tmp_path: Path) -> None:
+    processes, flags = LAYOUTS[layout]
+    stopped = tmp_path / "stopped"
+    stopped_after(distributed_run, 2, stopped)
+    words = train_words(train_cases, "layer:2x2,full")
+    torchrun_train(processes, words, tmp_path / "run", *flags, "--load", str(stopped))
+    one, other = (load_file(folder / "out" / "model.safetensors") for folder in (distributed_run, tmp_path / "run"))
+    worst = max(float((one[name] - other[name]).abs().max()) for name in one)
+    assert worst < 1e-5
+    assert [step["step"] for step in timeless(tmp_path / "run")] == [3, 4, 5]
+
+
+def test_sigkill_and_the_same_command_again(train_cases: Path, distributed_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*train_words(train_cases, "layer:2x2,full"), "--save", str(run), "--load", str(run)]
+    words += ["--save-interval", "1", "--keep", "2", "--save-hf", str(tmp_path / "out")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [*launch, "megatron_bupo", *words, *DP2],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "iter_0000002").is_dir() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    # The launcher's workers are in sessions of their own.
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists(), "it was killed too late to test anything"
+    assert_passed(torchrun(2, "-m", "megatron_bupo", *words, *DP2))
+    assert differences(distributed_run / "out", tmp_path / "out") == []
+    assert timeless(run) == timeless(distributed_run)
+    assert sorted(path.name for path in run.glob("iter_*")) == [f"iter_{STEPS - 1:07d}", f"iter_{STEPS:07d}"]
+    assert not list(run.glob(".iter_*"))

@@ -1,0 +1,96 @@
+"""Which checkpoint is loaded, and which changes of a run are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_bupo.config import RunConfig
+from megatron_bupo.errors import UsageError
+from megatron_bupo.training.run_state import (
+    RUN_STATE,
+    RunIdentity,
+    RunState,
+    Start,
+    cut_metrics,
+    find_start,
+    newest_checkpoint,
+)
+
+IDENTITY = RunIdentity("m", "d", 1, 4, 2, ("layer:2", "layer:2", "full"))
+
+
+def write_iteration(run: Path, step: int, identity: RunIdentity = IDENTITY) -> Path:
+    folder = run / f"iter_{step:07d}"
+    folder.mkdir(parents=True)
+    (folder / RUN_STATE).write_text(RunState(step, identity, {"a": step}).to_json())
+    return folder
+
+
+def test_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    write_iteration(tmp_path, 9)
+    newest = write_iteration(tmp_path, 10)
+    (tmp_path / "iter_0000011").mkdir()  # without run_state.json
+    write_iteration(tmp_path, 12).rename(tmp_path / ".iter_0000012.partial")
+    assert newest_checkpoint(tmp_path) == newest
+
+
+def test_start_goes_on_where_the_run_stopped(tmp_path: Path) -> None:
+    folder = write_iteration(tmp_path, 2)
+    start = find_start(RunConfig(load=str(tmp_path)), IDENTITY)
+    assert start == Start(2, folder, RunState(2, IDENTITY, {"a": 2}))
+    assert find_start(RunConfig(), IDENTITY) == Start()
+
+
+def test_one_command_line_starts_and_restarts(tmp_path: Path) -> None:
+    assert find_start(RunConfig(save=str(tmp_path), load=str(tmp_path)), IDENTITY) == Start()
+    with pytest.raises(UsageError, match="has no latest_checkpointed_iteration"):
+        find_start(RunConfig(save="elsewhere", load=str(tmp_path)), IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": "n"}, "model: m then, n now"),
+        ({"data": "e"}, "data: d then, e now"),
+        ({"seed": 2}, "seed: 1 then, 2 now"),
+        ({"rollout_batch_size": 8}, "rollout_batch_size: 4 then, 8 now"),
+        ({"phases": ("layer:2", "layer:2", "layer:2")}, "policy of step 3: full then, layer:2 now"),
+        ({"phases": ("layer:2",)}, "steps: 2 taken, 1 wanted"),
+    ],
+)
+def test_another_run_is_refused_with_the_difference(changed: dict[str, object], said: str, tmp_path: Path) -> None:
+    write_iteration(tmp_path, 2)
+    now = replace(IDENTITY, **changed)
+    with pytest.raises(UsageError, match="--allow-changed-run") as refused:
+        find_start(RunConfig(load=str(tmp_path)), now)
+    assert said in str(refused.value)
+    start = find_start(RunConfig(load=str(tmp_path), allow_changed_run=True), now)
+    assert start.changes == (said,)
+
+
+def test_more_steps_are_no_change(tmp_path: Path) -> None:
+    write_iteration(tmp_path, 2)
+    longer = replace(IDENTITY, phases=(*IDENTITY.phases, "full", "full"))
+    assert find_start(RunConfig(load=str(tmp_path)), longer).changes == ()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"schema": 2}', '{"schema": 1, "step": 1}', "[1]"])
+def test_broken_run_state(content: str, tmp_path: Path) -> None:
+    folder = write_iteration(tmp_path, 1)
+    (folder / RUN_STATE).write_text(content)
+    with pytest.raises(UsageError, match=r"run_state\.json"):
+        find_start(RunConfig(load=str(tmp_path)), IDENTITY)
+
+
+def test_cut_metrics_drops_later_and_half_lines(tmp_path: Path) -> None:
+    cut_metrics(tmp_path, 1)  # nothing there
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    cut_metrics(tmp_path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    cut_metrics(tmp_path, 1)
+    assert path.read_text() == '{"step": 1}\n'
