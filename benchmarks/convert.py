@@ -110,17 +110,17 @@ def main() -> None:
         folder = Path(temporary)
         model = folder / "model"
         size = make_model(model, arguments.gigabytes, shard_bytes=500_000_000) / 1e9
+        stored, out = folder / "stored", folder / "out"
+        forth, back = ["--hf-model", str(model), "--output"], ["--checkpoint", str(stored), "--output"]
+        run_converter("hf_to_megatron.py", *forth, str(stored))
         for _ in range(arguments.rounds):
-            copy, stored, back = folder / "copy", folder / "stored", folder / "back"
-            seconds["cp"].append(run_cp(model, copy))
-            flags = ["--hf-model", str(model), "--output", str(stored)]
-            taken, peaks["hf_to_megatron"] = run_converter("hf_to_megatron.py", *flags)
-            seconds["hf_to_megatron"].append(taken)
-            flags = ["--checkpoint", str(stored), "--output", str(back)]
-            taken, peaks["megatron_to_hf"] = run_converter("megatron_to_hf.py", *flags)
-            seconds["megatron_to_hf"].append(taken)
-            for made in (copy, stored, back):
-                shutil.rmtree(made)
+            # Each has removed what it wrote before the next begins: memory that was just given back is the fastest.
+            seconds["cp"].append(run_cp(model, out))
+            shutil.rmtree(out)
+            for name, flags in (("hf_to_megatron", forth), ("megatron_to_hf", back)):
+                taken, peaks[name] = run_converter(f"{name}.py", *flags, str(out))
+                seconds[name].append(taken)
+                shutil.rmtree(out)
     print(f"{size:.2f} GB of tensors, best of {arguments.rounds}")
     for name, taken in seconds.items():
         share = min(seconds["cp"]) / min(taken)

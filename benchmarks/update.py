@@ -88,7 +88,7 @@ def ours(args: argparse.Namespace) -> Update:
 
     def update(spec: PolicySpec) -> float:
         batches = pack_for(state, rollouts, max_tokens=args.responses * args.length)
-        for batch, output in zip(batches, actor.score(batches, spec, 1.0), strict=True):
+        for batch, output in zip(batches, actor.score(batches, [spec], 1.0)[spec], strict=True):
             chosen = values[batch.responses].to(state.device)[batch.segments]
             batch.values = {"advantages": chosen, "old_logprobs": output.logprobs}
         return actor.update(batches, spec, LossConfig(), lr=1e-6, temperature=1.0).grad_norm

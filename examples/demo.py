@@ -34,7 +34,7 @@ def call(*words: str) -> None:
 
 def train(run: Path, seed: int, flags: list[str], extra: list[str]) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "-m", "megatron_bupo"]
-    files = ["--save", str(run), "--save-hf", str(run / "hf")]
+    files = ["--save", str(run), "--save-hf", str(run / "export")]
     config = str(ROOT / "examples" / "arithmetic.yaml")
     call(*launch, "train", "--config", config, "--seed", str(seed), *files, *flags, *extra)
 
@@ -67,7 +67,7 @@ def main() -> None:
         print(f"\n{name}: {' '.join(flags) or 'the full policy in every step'}", flush=True)
         train(run, args.seed, flags, extra)
         rewards = [step["reward_mean"] for step in read_metrics(run)]
-        after = accuracy(run / "hf", output / f"after_{name.lower()}.jsonl")
+        after = accuracy(run / "export", output / f"after_{name.lower()}.jsonl")
         rows.append((name, sum(rewards[:5]) / len(rewards[:5]), sum(rewards[-5:]) / len(rewards[-5:]), after))
     figure = output / "rewards.png"
     reward_curves({name: output / name.lower() for name in RUNS}, figure)

@@ -188,7 +188,6 @@ class RolloutConfig(Group):
             raise UsageError("--rollout-engine sglang: is not there yet; use --rollout-engine local")
         if self.load_rollouts is not None and not Path(self.load_rollouts).is_dir():
             raise UsageError(f"--load-rollouts {self.load_rollouts}: no such folder; give one of step_000001.jsonl ...")
-        check_folder("save_rollouts", self.save_rollouts, taken="step_000001.jsonl")
 
 
 @dataclass(frozen=True)
@@ -248,6 +247,9 @@ class TrainConfig(Group):
 
     def check(self) -> None:
         super().check()
+        # A run that goes on writes the rollouts of its last steps again.
+        taken = None if self.run.continues else "step_000001.jsonl"
+        check_folder("save_rollouts", self.rollout.save_rollouts, taken=taken)
         self._check_source()
         self._check_sizes()
 

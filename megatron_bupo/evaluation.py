@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_bupo.data.batches import pack_for
+from megatron_bupo.data.rollout_files import write_lines
 from megatron_bupo.model.parallel_model import ParallelModel
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import Rollout
@@ -29,7 +30,7 @@ def score_rollouts(
     """Scores of all responses under the policy `spec`, in their order, on every rank."""
     batches = pack_for(model.state, rollouts, max_tokens)
     mine: dict[int, Score] = {}
-    outputs = model.score(batches, spec, temperature)
+    outputs = model.score(batches, [spec], temperature)[spec]
     if model.state.reports:
         for batch, output in zip(batches, outputs, strict=True):
             columns = zip(batch.per_response(output.logprobs), batch.per_response(output.entropy), strict=True)
@@ -43,11 +44,4 @@ def score_rollouts(
 
 def write_scores(path: str | Path, scores: Sequence[Score]) -> None:
     """One JSON line a response; written beside and renamed."""
-    import json
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w") as file:
-        file.writelines(json.dumps(asdict(score)) + "\n" for score in scores)
-    os.replace(beside, path)
+    write_lines(path, (json.dumps(asdict(score)) for score in scores))

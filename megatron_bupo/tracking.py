@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_bupo import __version__
 from megatron_bupo.config import TrainConfig
+from megatron_bupo.training.run_state import RunIdentity
 
 SCHEMA = 1
 _LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify")
@@ -63,16 +64,20 @@ class Tracker:
             self._board.close()
 
 
-def describe_run(config: TrainConfig, phases: str, data: dict[str, Any]) -> dict[str, Any]:
-    """The content of run.json: what it takes to run it again, and to see that it is the same run."""
+def describe_run(config: TrainConfig, phases: str, identity: RunIdentity, changes: tuple[str, ...]) -> dict[str, Any]:
+    """The content of run.json: what it takes to run it again, and to see that it is the same run.
+
+    `changes` is what a resumed run was told to go on with.
+    """
     return {
         "schema": SCHEMA,
         "flags": asdict(config),
         "phases": phases,
         "versions": {"megatron_bupo": __version__, "python": platform.python_version(), **_versions()},
         "commit": _commit(),
-        "model": fingerprint(Path(config.model.hf_model)),
-        "data": data,
+        "model": identity.model,
+        "data": identity.data or list(identity.replay),
+        "changes": list(changes),
     }
 
 

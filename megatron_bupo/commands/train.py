@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
-from megatron_bupo.data.rollout_files import check_replay, replay_fingerprint
+from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
 from megatron_bupo.errors import UsageError
 from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
@@ -19,7 +18,8 @@ from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.engine import SamplingParams, stop_token_ids
 from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSource
 from megatron_bupo.tracking import Tracker, describe_run, fingerprint
-from megatron_bupo.training.run_state import RunIdentity, Start, cut_metrics, find_start
+from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start
+from megatron_bupo.weights.checkpoint_tree import HF
 from megatron_bupo.weights.hf_files import HFWeights, write_hf_folder
 from megatron_bupo.weights.table import table_for
 
@@ -44,7 +44,7 @@ def run(config: TrainConfig) -> None:
         if os.environ.get("RANK", "0") == "0":
             from megatron_bupo.training.plan import describe_plan
 
-            print(describe_plan(config, arch, schedule, world_size_from_environment()))
+            print(describe_plan(config, arch, schedule, world_size_from_environment(), start.done))
         return
     with parallel_state(config.parallel, config.run.seed) as state:
         _train(config, arch, schedule, weights, prompts, state, identity, start)
@@ -75,6 +75,8 @@ def _check_export(config: TrainConfig) -> None:
         ("--save-rollouts", rollout.save_rollouts),
     )
     export = Path(run.save_hf).resolve()
+    if run.save is not None and export == Path(run.save).resolve() / HF:
+        raise UsageError(f"--save-hf {run.save_hf}: checkpoints keep config and tokenizer there; give another name")
     for name, path in outputs:
         if path is not None and export in (Path(path).resolve(), *Path(path).resolve().parents):
             raise UsageError(f"--save-hf {run.save_hf}: {name} {path} lies there; give a folder of its own")
@@ -134,7 +136,9 @@ def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet 
     folder = config.rollout.load_rollouts
     return RunIdentity(
         model=fingerprint(Path(config.model.hf_model)),
-        data=prompts.fingerprint() if prompts is not None else replay_fingerprint(str(folder), steps),
+        dtype="bf16" if config.model.bf16 else "fp32",
+        data=prompts.fingerprint() if prompts is not None else "",
+        replay=tuple(replay_fingerprints(str(folder), steps)) if prompts is None else (),
         seed=config.run.seed,
         rollout_batch_size=config.rollout.rollout_batch_size,
         n_samples_per_prompt=config.rollout.n_samples_per_prompt,
@@ -166,7 +170,7 @@ def _train(
         if config.run.save:
             cut_metrics(Path(config.run.save), start.done)
         tracker = Tracker(config.run.save, config.run.tensorboard_dir, start.done)
-        tracker.write_run(describe_run(config, schedule.describe(), asdict(identity) | {"changes": start.changes}))
+        tracker.write_run(describe_run(config, schedule.describe(), identity, start.changes))
     trainer = Trainer(config, schedule, actor, source, state, tracker)
     if start.folder is not None and start.state is not None:
         load_checkpoint(actor, start.folder, start.state)
@@ -176,7 +180,8 @@ def _train(
     def save(step: int) -> None:
         assert config.run.save is not None
         folder, hf_model = Path(config.run.save), Path(config.model.hf_model)
-        save_checkpoint(actor, folder, step, identity, hf_model, config.run.keep)
+        run_state = RunState(step, identity, {}, str(start.converted.resolve()) if start.converted else None)
+        save_checkpoint(actor, folder, run_state, hf_model, config.run.keep)
 
     try:
         if config.run.load is not None:  # the engine has the model's weights, not the checkpoint's

@@ -23,12 +23,17 @@ def step_file(directory: str | Path, step: int) -> Path:
 
 def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
     """Write one record a line. The file appears whole or not at all; its folder is made where it is missing."""
+    write_lines(path, (rollout.to_json() for rollout in rollouts))
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write a text file that appears whole or not at all; its folder is made where it is missing."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{rollout.to_json()}\n" for rollout in rollouts)
+            file.writelines(f"{line}\n" for line in lines)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
@@ -76,12 +81,10 @@ def check_replay(directory: str | Path, train_iters: int, num_responses: int, vo
                 raise UsageError(f"{path}:{number}: the key 'reward' is missing; a replay takes rewards as they stand")
 
 
-def replay_fingerprint(directory: str | Path, train_iters: int) -> str:
-    """sha256 over the files of a replay: equal exactly if training sees the same rollouts."""
-    digest = hashlib.sha256()
-    for step in range(1, train_iters + 1):
-        digest.update(step_file(directory, step).read_bytes())
-    return digest.hexdigest()
+def replay_fingerprints(directory: str | Path, train_iters: int) -> list[str]:
+    """sha256 of each step's file of a replay: equal exactly if training sees the same rollouts."""
+    files = (step_file(directory, step) for step in range(1, train_iters + 1))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def _lines(path: Path) -> Iterator[str]:

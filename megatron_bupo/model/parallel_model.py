@@ -65,11 +65,19 @@ class ParallelModel:
         """(name with the global index of its layer, parameter) of every chunk of this rank."""
         return list(global_named_parameters(self.chunks))
 
-    def score(self, batches: Sequence[MicroBatch], spec: PolicySpec, temperature: float) -> list[PolicyOutput]:
-        """Log-probs and entropies without gradient: one output per micro-batch on the last stage, none elsewhere."""
-        return run_policy(
-            self.chunks, batches, spec, self.state, temperature=temperature, vocab_size=self.arch.vocab_size
-        )
+    def score(
+        self, batches: Sequence[MicroBatch], specs: Sequence[PolicySpec], temperature: float
+    ) -> dict[PolicySpec, list[PolicyOutput]]:
+        """Log-probs and entropies of every policy in `specs`, without gradient.
+
+        Returns:
+            For each, one output per micro-batch on the last stage, none elsewhere.
+        """
+        vocab_size = self.arch.vocab_size
+        return {
+            spec: run_policy(self.chunks, batches, spec, self.state, temperature=temperature, vocab_size=vocab_size)
+            for spec in specs
+        }
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model in HuggingFace's names and layout, whole, on every rank in the same order."""

@@ -129,18 +129,3 @@ def run_policy(
         return run(forward_only=False)
     with torch.no_grad():
         return run(forward_only=True, collect_non_loss_data=True)
-
-
-def score(
-    chunks: Sequence[HiddenStateModel],
-    batches: Sequence[MicroBatch],
-    specs: Sequence[PolicySpec],
-    state: ParallelState,
-    *,
-    temperature: float,
-    vocab_size: int,
-) -> dict[PolicySpec, list[PolicyOutput]]:
-    """Log-probs and entropies of every policy in `specs`, without gradient; outputs on the last stage only."""
-    return {
-        spec: run_policy(chunks, batches, spec, state, temperature=temperature, vocab_size=vocab_size) for spec in specs
-    }

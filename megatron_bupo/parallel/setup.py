@@ -17,11 +17,15 @@ from megatron_bupo.config import ParallelConfig, check_world
 
 # A collective that waits longer than this names its group and ends the run, instead of hanging for ever.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# Ranks wait for each other's rollouts, and for the first one's verdicts, as long as these take.
+HOST_TIMEOUT = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class ParallelState:
     """Where this process stands in the layout. Groups are megatron-core's, kept here by name.
+
+    `host_group` has all ranks, on gloo, for Python objects after work of very uneven length.
 
     With TP = 2 and PP = 2, rank 3 of 4 has tp_rank 1, pp_rank 1, dp_rank 0.
     """
@@ -40,6 +44,7 @@ class ParallelState:
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
+    host_group: ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
@@ -112,6 +117,7 @@ def parallel_state(config: ParallelConfig, seed: int) -> Iterator[ParallelState]
             tp_group=mpu.get_tensor_model_parallel_group(),
             pp_group=mpu.get_pipeline_model_parallel_group(),
             dp_group=mpu.get_data_parallel_group(),
+            host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
         )
     finally:
         mpu.destroy_model_parallel()

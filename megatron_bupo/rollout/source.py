@@ -117,7 +117,7 @@ class EmbeddedGeneration:
                 outcome[0] = question(self._rewards)
             except Exception as error:  # handed to every rank: they would wait for ever for the verdicts
                 outcome[0] = error
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self._state.host_group)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         answer: _Answer = outcome[0]
@@ -133,7 +133,7 @@ def generate_shared(
     with tqdm(total=len(mine), desc="generate", unit=" resp", leave=False, disable=state.rank > 0 or None) as bar:
         generated = engine.generate(mine, params, bar.update)
     shares: list[list[Generation]] = [[]] * state.world_size
-    dist.all_gather_object(shares, generated)
+    dist.all_gather_object(shares, generated, group=state.host_group)
     return [shares[index % state.world_size][index // state.world_size] for index in range(len(requests))]
 
 

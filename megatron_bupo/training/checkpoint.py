@@ -12,25 +12,28 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_bupo.training.actor import Actor
-from megatron_bupo.training.run_state import ITERATION, RUN_STATE, RunIdentity, RunState
+from megatron_bupo.training.run_state import ITERATION, RUN_STATE, RunState
 from megatron_bupo.weights.checkpoint_tree import HF, TRACKER
 from megatron_bupo.weights.dist_checkpoint import load_model, load_sharded, model_state, save_sharded
 from megatron_bupo.weights.hf_files import copy_companions
 
 
-def save_checkpoint(actor: Actor, save: Path, step: int, identity: RunIdentity, source: Path, keep: int | None) -> None:
+def save_checkpoint(actor: Actor, save: Path, run_state: RunState, source: Path, keep: int | None) -> None:
     """Write SAVE/iter_<step>, then name it the newest; a collective.
 
     Args:
+        run_state: where the run stands; the optimizer's steps are filled in here.
         source: HuggingFace folder whose config and tokenizer go to SAVE/hf.
         keep: how many of the newest iterations stay; None = all.
     """
+    step = run_state.step
     partial, folder = save / f".iter_{step:07d}.partial", save / f"iter_{step:07d}"
     first = dist.get_rank() == 0
     if first:
@@ -46,9 +49,10 @@ def save_checkpoint(actor: Actor, save: Path, step: int, identity: RunIdentity, 
     dist.all_gather_object(steps, optimizer.steps())
     if first:
         merged = {name: count for part in steps for name, count in part.items()}
-        (partial / RUN_STATE).write_text(RunState(step, identity, merged).to_json(), encoding="utf-8")
+        (partial / RUN_STATE).write_text(replace(run_state, optimizer_steps=merged).to_json(), encoding="utf-8")
         _write_hf_side(source, save)
         shutil.rmtree(folder, ignore_errors=True)
+        _flush(partial)
         os.replace(partial, folder)
         _write_tracker(save, step)
         _remove_old(save, keep)
@@ -80,7 +84,19 @@ def _write_tracker(save: Path, step: int) -> None:
     os.replace(beside, save / TRACKER)
 
 
+def _flush(folder: Path) -> None:
+    """Bring a folder's files to the disk: one that has its name must be whole after a power cut, too."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _remove_old(save: Path, keep: int | None) -> None:
+    for left in [*save.glob(".iter_*.partial"), *save.glob(".iter_*.old")]:  # of a run that was killed
+        shutil.rmtree(left)
     if keep is None:
         return
     iterations = sorted(path for path in save.glob("iter_*") if ITERATION.fullmatch(path.name))

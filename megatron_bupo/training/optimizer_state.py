@@ -76,6 +76,11 @@ def _pairs(part: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
             yield from zip(model_group, value_group, strict=True)
 
 
+def _counts_per_parameter(slot: Slot) -> bool:
+    """torch's Adam does; transformer-engine's and apex's FusedAdam count per group."""
+    return isinstance(slot.inner, torch.optim.Adam)
+
+
 def _gather(param: nn.Parameter, slot: Slot | None, part: Tensor | None, group: dist.ProcessGroup) -> Tensor:
     """A tensor of the parameter's shape from the parts of the data-parallel ranks, bit for bit; a collective."""
     whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
@@ -113,9 +118,9 @@ class OptimizerState:
         for name, param in self._parameters:
             slot = self._slots.get(param)
             state = slot.inner.state.get(slot.value, {}) if slot else {}
-            # torch counts per parameter, transformer-engine's FusedAdam per group.
-            step = state.get("step", slot.group.get("step", 0) if slot and state else 0)
-            mine[name] = int(step)
+            mine[name] = (
+                int((state if slot and _counts_per_parameter(slot) else slot.group)["step"]) if slot and state else 0
+            )
         peers: list[dict[str, int]] = [{}] * dist.get_world_size(self._dp_group)
         dist.all_gather_object(peers, mine, group=self._dp_group)
         return {name: max(peer[name] for peer in peers) for name in mine}
@@ -158,8 +163,8 @@ class OptimizerState:
             if count == 0:
                 continue
             state: dict[str, Any] = {kind: parts[kind].clone().view(slot.value.shape) for kind in MOMENTS}
-            if "step" in slot.group:
-                slot.group["step"] = count
-            else:
+            if _counts_per_parameter(slot):
                 state["step"] = torch.tensor(float(count), dtype=torch.float32)
+            else:
+                slot.group["step"] = count
             slot.inner.state[slot.value] = state

@@ -14,14 +14,16 @@ from megatron_bupo.rl.schedule import PolicySchedule
 _GB = 1e9
 
 
-def describe_plan(config: TrainConfig, arch: Architecture, schedule: PolicySchedule, world_size: int) -> str:
-    """Flags, phases, layout, memory and files, as text for a person."""
+def describe_plan(
+    config: TrainConfig, arch: Architecture, schedule: PolicySchedule, world_size: int, done: int = 0
+) -> str:
+    """Flags, phases, layout, memory and files, as text for a person; `done` steps were taken before."""
     return "\n".join(
         [
             "flags",
             *(f"  {line}" for line in _flags(config)),
             "phases",
-            f"  {schedule.describe()}",
+            f"  {schedule.describe()}" + (f"; going on after step {done}" if done else ""),
             "layout",
             f"  {_layout(config, arch, world_size)}",
             "memory on the fullest rank, estimated (GB = 10^9 bytes)",
@@ -111,6 +113,9 @@ def _files(config: TrainConfig) -> list[str]:
     run, files = config.run, []
     if run.save:
         files += [str(Path(run.save) / name) for name in ("run.json", "metrics.jsonl")]
+    if run.save and run.save_interval:
+        files.append(f"{run.save}/iter_{run.save_interval:07d}/ ... (every {run.save_interval} steps and the last)")
+        files += [str(Path(run.save) / name) for name in ("latest_checkpointed_iteration.txt", "hf/")]
     board = run.tensorboard_dir or (str(Path(run.save) / "tensorboard") if run.save else None)
     if board:
         files.append(f"{board}/ (TensorBoard)")

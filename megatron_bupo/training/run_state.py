@@ -19,22 +19,31 @@ ITERATION = re.compile(r"iter_(\d{7,})")
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must be the same when a run goes on. `phases` is the policy of every step, `data` a hash."""
+    """What must be the same when a run goes on.
+
+    `model` and `data` are hashes, `replay` one hash for each step's file instead of `data`, `phases` the policy of each
+    step. Steps beyond the shorter of two runs may be added.
+    """
 
     model: str
+    dtype: str
     data: str
+    replay: tuple[str, ...]
     seed: int
     rollout_batch_size: int
     n_samples_per_prompt: int
     phases: tuple[str, ...]
 
     def differences(self, saved: RunIdentity, step: int) -> list[str]:
-        """What changed since `saved`, in words; steps that neither run has taken yet may be scheduled anew."""
+        """What changed since `saved`, which took `step` steps, in words."""
         found = [
             f"{name}: {getattr(saved, name)} then, {getattr(self, name)} now"
-            for name in ("model", "data", "seed", "rollout_batch_size", "n_samples_per_prompt")
+            for name in ("model", "dtype", "data", "seed", "rollout_batch_size", "n_samples_per_prompt")
             if getattr(saved, name) != getattr(self, name)
         ]
+        replayed = [index + 1 for index, pair in enumerate(zip(saved.replay, self.replay)) if pair[0] != pair[1]]  # noqa: B905
+        if replayed or bool(saved.replay) != bool(self.replay):
+            found.append(f"replayed rollouts of step {replayed[0] if replayed else 1}: others now than then")
         common = min(len(saved.phases), len(self.phases))
         changed = [index + 1 for index in range(common) if saved.phases[index] != self.phases[index]]
         if changed:
@@ -47,11 +56,12 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class RunState:
-    """SAVE/iter_*/run_state.json: where the run stands."""
+    """SAVE/iter_*/run_state.json: where the run stands, and the converted checkpoint that it started from, if any."""
 
     step: int
     identity: RunIdentity
     optimizer_steps: dict[str, int]
+    converted: str | None = None
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
@@ -68,8 +78,9 @@ class RunState:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
                 raise UsageError(f"{path}: schema {content['schema']}; this version reads {SCHEMA}")
-            identity = content["identity"] | {"phases": tuple(content["identity"]["phases"])}
-            return cls(int(content["step"]), RunIdentity(**identity), content["optimizer_steps"])
+            identity = content["identity"]
+            identity |= {name: tuple(identity[name]) for name in ("phases", "replay")}
+            return cls(int(content["step"]), RunIdentity(**identity), content["optimizer_steps"], content["converted"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: no run state that can be read ({type(error).__name__}: {error})") from error
 
@@ -121,7 +132,10 @@ def find_start(run: RunConfig, identity: RunIdentity) -> Start:
             f"--load {run.load}: this is another run than the one there ({'; '.join(changes)}); give the same flags, "
             "or --allow-changed-run to go on"
         )
-    return Start(state.step, folder, state, changes=tuple(changes))
+    converted = None if state.converted is None else Path(state.converted)
+    if converted is not None and not converted.is_dir():
+        raise UsageError(f"--load {run.load}: the run started from {converted}, which is gone; put it back")
+    return Start(state.step, folder, state, converted, tuple(changes))
 
 
 def cut_metrics(save: Path, step: int) -> None:

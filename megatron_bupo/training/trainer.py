@@ -14,7 +14,6 @@ from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.batches import pack_for
 from megatron_bupo.data.packing import split_mini_batches
 from megatron_bupo.data.rollout_files import step_file, write_rollouts
-from megatron_bupo.model.policy import PolicyOutput
 from megatron_bupo.parallel.reduce import reduce_everywhere
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
@@ -94,7 +93,8 @@ class Trainer:
         """One rollout batch: generate, score, update, hand the weights to the engine."""
         started = time.perf_counter()
         self._seconds = {}
-        before = self.actor.norms.snapshot()
+        with self._timed("norms"):
+            before = self.actor.norms.snapshot()
         spec = self.schedule.at(step)
         batch = self.source.rollouts(step)
         if self.config.rollout.save_rollouts and self.state.rank == 0:
@@ -109,7 +109,8 @@ class Trainer:
             updates = [self.actor.update(batches, spec, self.loss, lr, self.temperature) for batches in mini_batches]
         with self._timed("weight_sync"):
             self.source.update_weights(self.actor.hf_tensors(), version=str(step))
-        movement = self._movement(before)
+        with self._timed("norms"):
+            movement = self._movement(before)
         seconds = batch.seconds | self._seconds | {"step": time.perf_counter() - started}
         return {
             "step": step,
@@ -162,18 +163,16 @@ class Trainer:
 
     def _score_old(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> dict[str, float]:
         """Give every micro-batch its old (and reference) log-probs; what was seen of the policy on the way."""
-        seen: list[dict[str, Tensor]] = []
-        for batches in mini_batches:
-            outputs = self.actor.score(batches, spec, self.temperature)
-            seen += self._keep(batches, outputs, "old_logprobs")
-            if self._reference is not None:
-                with self.actor.weights_of(self._reference):
-                    references = self.actor.score(batches, spec, self.temperature)
-                self._keep(batches, references, "ref_logprobs")
-        return self._observed(seen)
+        seen = [self._score(batches, spec, "old_logprobs") for batches in mini_batches]
+        if self._reference is not None:
+            with self.actor.weights_of(self._reference):
+                for batches in mini_batches:
+                    self._score(batches, spec, "ref_logprobs")
+        return self._observed([sums for batches in seen for sums in batches])
 
-    def _keep(self, batches: list[MicroBatch], outputs: list[PolicyOutput], column: str) -> list[dict[str, Tensor]]:
+    def _score(self, batches: list[MicroBatch], spec: PolicySpec, column: str) -> list[dict[str, Tensor]]:
         """Note the log-probs as a column of the micro-batches, on the last stage, which alone has outputs."""
+        outputs = self.actor.score(batches, [spec], self.temperature)[spec]
         seen = []
         for batch, output in zip(batches if outputs else [], outputs, strict=True):
             batch.values[column] = output.logprobs
@@ -188,8 +187,7 @@ class Trainer:
         batches = pack_for(self.state, rollouts[:count], self.config.batch.max_tokens_per_micro_batch)
         for batch in batches:
             self._add_engine_logprobs(batch, rollouts)
-        outputs = self.actor.score(batches, FULL, self.temperature)
-        return self._observed(self._keep(batches, outputs, "full_logprobs"))
+        return self._observed(self._score(batches, FULL, "full_logprobs"))
 
     def _observed(self, seen: list[dict[str, Tensor]]) -> dict[str, float]:
         return means(reduce_everywhere(self.state, seen, OBSERVED_SUMS, OBSERVED_MAXIMA))

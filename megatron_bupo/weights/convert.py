@@ -166,7 +166,7 @@ def write_hf(
                             done(files.write(copy, tensor))
 
         try:
-            in_threads(parameters[ranks.rank :: ranks.world_size], some)
+            in_threads(parameters[ranks.rank :: ranks.world_size], some, both_ends=True)
         finally:
             files.close()
 

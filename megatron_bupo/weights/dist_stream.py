@@ -7,12 +7,11 @@ tensor-parallel ranks. The tests compare with what megatron-core itself writes a
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.weights.disk import SteadyFile
 from megatron_bupo.weights.dist_checkpoint import FORMAT_FILE, LOCAL_KEYS, METADATA_FILE, read_metadata
 from megatron_bupo.weights.hf_files import HFWeights, check_finite
 from megatron_bupo.weights.layouts import GateUp, Mapping, Replicated, RowParallel, Shape, VocabParallel
@@ -114,17 +114,15 @@ def write_pieces(
 ) -> list[StoredPiece]:
     """Write a rank's slices of parameters one after the other into one file; `done` hears of every piece's bytes."""
     written = []
-    with path.open("wb") as file:
+    with SteadyFile(path) as file:
         for mapping, layer in parameters:
             key = stored_key(mapping)
             for offsets, tensor in _pieces(mapping, layer, weights, arch, slot):
                 start = file.tell()
-                torch.save(_alone(tensor.to(dtypes[key])), file)
+                torch.save(_alone(tensor.to(dtypes[key])), cast(IO[bytes], file))
                 place = _StorageInfo(path.name, start, file.tell() - start)
                 written.append(StoredPiece(key, offsets, tuple(tensor.shape), place))
                 done(tensor.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
     return written
 
 

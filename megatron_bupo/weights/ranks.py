@@ -84,23 +84,27 @@ def launched() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def in_threads(items: Sequence[Item], work: Callable[[int, Iterator[Item]], Result]) -> list[Result]:
-    """`work(number of the worker, the items it gets)` in a few threads, which take the items in order as they can.
+def in_threads(
+    items: Sequence[Item], work: Callable[[int, Iterator[Item]], Result], both_ends: bool = False
+) -> list[Result]:
+    """`work(number of the worker, the items it gets)` in two threads, which take the items in order as they can.
 
-    The first error ends the others at their next item, and is raised.
+    With `both_ends` the second starts from the end: where the items lie in files in their order, the two do not write
+    to the same one, which only one at a time can. The first error ends the other at its next item, and is raised.
     """
     left = deque(items)
 
-    def taken() -> Iterator[Item]:
+    def taken(worker: int) -> Iterator[Item]:
+        take = left.pop if both_ends and worker else left.popleft
         while True:
             try:
-                yield left.popleft()
+                yield take()
             except IndexError:
                 return
 
     def run(worker: int) -> Result:
         try:
-            return work(worker, taken())
+            return work(worker, taken(worker))
         except BaseException:
             left.clear()
             raise

@@ -7,31 +7,16 @@ tensors are in its order (dtype, then name), so that an exact export has the ver
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_bupo.weights.disk import SteadyFile
 from megatron_bupo.weights.hf_files import DTYPES, INDEX_FILE
 from megatron_bupo.weights.tensor_map import TensorMap
 
 _ALIGNMENT = 8  # of a header's length
-_SYNC_BYTES = 64_000_000
-
-
-class Syncer:
-    """Sends a file to the disk every few megabytes, so that one thread's waiting is another's time to work."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._waiting = 0
-
-    def wrote(self, num_bytes: int) -> None:
-        self._waiting += num_bytes
-        if self._waiting >= _SYNC_BYTES:
-            self._waiting = 0
-            os.fsync(self._descriptor)
 
 
 class ShardFiles:
@@ -39,8 +24,8 @@ class ShardFiles:
 
     def __init__(self, folder: Path, tensor_map: TensorMap, create: bool) -> None:
         """Open the files; `create` on one rank, which makes them in their full size, before the others open them."""
-        self._files: dict[int, Syncer] = {}
-        self._places: dict[str, tuple[int, int, torch.dtype, torch.Size]] = {}
+        self._files: list[SteadyFile] = []
+        self._places: dict[str, tuple[SteadyFile, int, torch.dtype, torch.Size]] = {}
         for file, metadata in tensor_map.file_metadata.items():
             entries = [entry for entry in tensor_map.tensors if entry.file == file]
             header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
@@ -52,35 +37,26 @@ class ShardFiles:
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
             text += b" " * (-len(text) % _ALIGNMENT)
             start = 8 + len(text)
-            descriptor = os.open(folder / file, os.O_WRONLY | (os.O_CREAT if create else 0), 0o644)
-            self._files[descriptor] = Syncer(descriptor)
+            opened = SteadyFile(folder / file, create)
+            self._files.append(opened)
             if create:
-                os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
-                os.truncate(descriptor, start + end)
+                opened.write(len(text).to_bytes(8, "little") + text)
+                opened.truncate(start + end)
             for entry in entries:
                 shape = torch.Size(entry.shape)
-                self._places[entry.name] = (descriptor, start, DTYPES[entry.dtype], shape)
+                self._places[entry.name] = (opened, start, DTYPES[entry.dtype], shape)
                 start += entry.nbytes
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
 
     def write(self, name: str, tensor: Tensor) -> int:
         """Put a tensor in its place, cast to its dtype; the number of bytes."""
-        descriptor, start, dtype, shape = self._places[name]
+        file, start, dtype, shape = self._places[name]
         assert tensor.shape == shape, f"{name} is {list(tensor.shape)} instead of {list(shape)}"
-        raw = tensor.detach().to(dtype).contiguous().flatten().view(torch.uint8).numpy().data
-        written = 0
-        while written < len(raw):  # a call writes 2 GB at most
-            written += os.pwrite(descriptor, raw[written:], start + written)
-        self._files[descriptor].wrote(written)
-        return written
+        return file.write_at(tensor.detach().to(dtype).contiguous().flatten().view(torch.uint8).numpy().data, start)
 
     def close(self) -> None:
         """Everything reaches the disk before the folder takes its name."""
-        for descriptor in self._files:
-            os.fsync(descriptor)
-            os.close(descriptor)
+        for file in self._files:
+            file.close()
         self._files.clear()
 
 

@@ -63,6 +63,23 @@ def test_another_layout_goes_on(layout: str, train_cases: Path, distributed_run:
     assert [step["step"] for step in timeless(tmp_path / "run")] == [3, 4, 5]
 
 
+def test_starts_from_a_converted_checkpoint(train_cases: Path, tmp_path: Path) -> None:
+    """The same weights from either side train to the same bits, also after a resume that has to find them again."""
+    words = train_words(train_cases, "layer:2x2,full")
+    converted, hf_model = tmp_path / "converted", str(train_cases / "qwen3-tied")
+    converter = ["checkpoint_converters/hf_to_megatron.py", "--hf-model", hf_model, "--output", str(converted)]
+    assert_passed(torchrun(1, *converter))
+    torchrun_train(1, words, tmp_path / "hf", "--seed", "1")
+    first = tmp_path / "first"
+    torchrun_train(1, words, first, "--seed", "1", "--load", str(converted), "--save-interval", "1")
+    assert differences(tmp_path / "hf" / "out", first / "out") == []
+    again = tmp_path / "again"
+    stopped_after(first, 3, again)
+    shutil.rmtree(again / "out")
+    torchrun_train(1, words, again, "--seed", "1", "--load", str(again))
+    assert timeless(again) == timeless(tmp_path / "hf")
+
+
 def test_sigkill_and_the_same_command_again(train_cases: Path, distributed_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [*train_words(train_cases, "layer:2x2,full"), "--save", str(run), "--load", str(run)]

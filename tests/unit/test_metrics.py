@@ -24,6 +24,7 @@ from megatron_bupo.tracking import Tracker, describe_run, fingerprint
 from megatron_bupo.training.actor import UpdateResult
 from megatron_bupo.training.metrics import console_line, means, observe, rollout_metrics, update_metrics
 from megatron_bupo.training.plan import describe_plan, memory_estimate, parameter_counts
+from megatron_bupo.training.run_state import RunIdentity
 from tests.parallel.references import configs, write_model
 
 
@@ -205,7 +206,8 @@ def train_config(model: Path, *flags: str) -> TrainConfig:
 
 def test_run_json_says_what_was_run(model: Path) -> None:
     config = train_config(model, "--lr", "0.25")
-    run = describe_run(config, "layer:2 for steps 1-2, full for step 3", {"replay": "there"})
+    identity = RunIdentity(fingerprint(model), "fp32", "", ("a", "b"), 1234, 4, 2, ("full",))
+    run = describe_run(config, "layer:2 for steps 1-2, full for step 3", identity, ("seed: 1 then, 2 now",))
     assert json.loads(json.dumps(run)) == run, "plain JSON"
     assert run["schema"] == 1
     assert run["flags"]["optimizer"]["lr"] == 0.25
@@ -214,7 +216,8 @@ def test_run_json_says_what_was_run(model: Path) -> None:
     assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert run["versions"].keys() >= {"megatron_bupo", "python", "megatron-core", "transformers"}
     assert run["model"] == fingerprint(model)
-    assert run["data"] == {"replay": "there"}
+    assert run["data"] == ["a", "b"]
+    assert run["changes"] == ["seed: 1 then, 2 now"]
     assert run["commit"] is None or len(run["commit"].rstrip("+")) == 40
 
 

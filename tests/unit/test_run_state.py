@@ -19,7 +19,8 @@ from megatron_bupo.training.run_state import (
     newest_checkpoint,
 )
 
-IDENTITY = RunIdentity("m", "d", 1, 4, 2, ("layer:2", "layer:2", "full"))
+IDENTITY = RunIdentity("m", "fp32", "d", (), 1, 4, 2, ("layer:2", "layer:2", "full"))
+REPLAY = replace(IDENTITY, data="", replay=("a", "b", "c"))
 
 
 def write_iteration(run: Path, step: int, identity: RunIdentity = IDENTITY) -> Path:
@@ -55,6 +56,7 @@ def test_one_command_line_starts_and_restarts(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"model": "n"}, "model: m then, n now"),
+        ({"dtype": "bf16"}, "dtype: fp32 then, bf16 now"),
         ({"data": "e"}, "data: d then, e now"),
         ({"seed": 2}, "seed: 1 then, 2 now"),
         ({"rollout_batch_size": 8}, "rollout_batch_size: 4 then, 8 now"),
@@ -70,6 +72,25 @@ def test_another_run_is_refused_with_the_difference(changed: dict[str, object], 
     assert said in str(refused.value)
     start = find_start(RunConfig(load=str(tmp_path), allow_changed_run=True), now)
     assert start.changes == (said,)
+
+
+def test_a_replay_of_other_rollouts_is_refused(tmp_path: Path) -> None:
+    write_iteration(tmp_path, 2, REPLAY)
+    with pytest.raises(UsageError, match="replayed rollouts of step 2: others"):
+        find_start(RunConfig(load=str(tmp_path)), replace(REPLAY, replay=("a", "x", "c")))
+    with pytest.raises(UsageError, match="replayed rollouts of step 1"):
+        find_start(RunConfig(load=str(tmp_path)), IDENTITY)
+    assert find_start(RunConfig(load=str(tmp_path)), replace(REPLAY, replay=("a", "b", "c", "d"))).changes == ()
+
+
+def test_a_run_keeps_the_converted_checkpoint_that_it_started_from(tmp_path: Path) -> None:
+    folder = write_iteration(tmp_path / "run", 2)
+    converted = tmp_path / "converted"
+    (folder / RUN_STATE).write_text(RunState(2, IDENTITY, {}, str(converted)).to_json())
+    with pytest.raises(UsageError, match="which is gone"):
+        find_start(RunConfig(load=str(tmp_path / "run")), IDENTITY)
+    converted.mkdir()
+    assert find_start(RunConfig(load=str(tmp_path / "run")), IDENTITY).converted == converted
 
 
 def test_more_steps_are_no_change(tmp_path: Path) -> None:
