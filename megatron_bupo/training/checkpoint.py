@@ -2,7 +2,7 @@
 
 SAVE/latest_checkpointed_iteration.txt     the newest whole one, for Megatron's tools
 SAVE/iter_0000030/                         parameters, Adam's state (megatron-core's torch_dist), run_state.json
-SAVE/hf/                                   config, tokenizer, generation config
+SAVE/hf/                                   config, tokenizer, generation config, the source's shard map
 
 What is random in a run is a function of (seed, step, prompt, sample, position), and so is the order of the prompts: the
 step and the seed are all the random state and the data cursor that there is.
@@ -22,7 +22,8 @@ from megatron_bupo.training.actor import Actor
 from megatron_bupo.training.run_state import ITERATION, RUN_STATE, RunState
 from megatron_bupo.weights.checkpoint_tree import HF, TRACKER
 from megatron_bupo.weights.dist_checkpoint import load_model, load_sharded, model_state, save_sharded
-from megatron_bupo.weights.hf_files import copy_companions
+from megatron_bupo.weights.table import WeightTable, table_for
+from megatron_bupo.weights.tensor_map import write_hf_side
 
 
 def save_checkpoint(actor: Actor, save: Path, run_state: RunState, source: Path, keep: int | None) -> None:
@@ -50,7 +51,7 @@ def save_checkpoint(actor: Actor, save: Path, run_state: RunState, source: Path,
     if first:
         merged = {name: count for part in steps for name, count in part.items()}
         (partial / RUN_STATE).write_text(replace(run_state, optimizer_steps=merged).to_json(), encoding="utf-8")
-        _write_hf_side(source, save)
+        _write_hf_side(source, save, table_for(actor.arch))
         shutil.rmtree(folder, ignore_errors=True)
         _flush(partial)
         os.replace(partial, folder)
@@ -67,14 +68,12 @@ def load_checkpoint(actor: Actor, folder: Path, state: RunState) -> None:
     optimizer.restore(load_sharded(room, folder), state.optimizer_steps)
 
 
-def _write_hf_side(source: Path, save: Path) -> None:
+def _write_hf_side(source: Path, save: Path, table: WeightTable) -> None:
     if (save / HF / "config.json").is_file():
         return
     beside = save / f".{HF}.partial"
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    copy_companions(source, beside)
-    shutil.copy2(source / "config.json", beside / "config.json")
+    write_hf_side(source, beside, table)
     os.replace(beside, save / HF)
 
 

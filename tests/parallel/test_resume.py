@@ -106,3 +106,10 @@ def test_sigkill_and_the_same_command_again(train_cases: Path, distributed_run: 
     assert timeless(run) == timeless(distributed_run)
     assert sorted(path.name for path in run.glob("iter_*")) == [f"iter_{STEPS - 1:07d}", f"iter_{STEPS:07d}"]
     assert not list(run.glob(".iter_*"))
+
+
+def test_a_runs_folder_serves_the_export(distributed_run: Path, tmp_path: Path) -> None:
+    """megatron_to_hf.py takes SAVE: the newest iteration, in the training dtype, equal to --save-hf."""
+    exporter = ["checkpoint_converters/megatron_to_hf.py", "--checkpoint", str(distributed_run)]
+    assert_passed(torchrun(1, *exporter, "--output", str(tmp_path / "export")))
+    assert differences(distributed_run / "out", tmp_path / "export") == []
