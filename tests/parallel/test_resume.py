@@ -80,14 +80,17 @@ def test_starts_from_a_converted_checkpoint(train_cases: Path, tmp_path: Path) -
     assert timeless(again) == timeless(tmp_path / "hf")
 
 
-def test_sigkill_and_the_same_command_again(train_cases: Path, distributed_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    words = [*train_words(train_cases, "layer:2x2,full"), "--save", str(run), "--load", str(run)]
-    words += ["--save-interval", "1", "--keep", "2", "--save-hf", str(tmp_path / "out")]
+@pytest.mark.parametrize("dtype", [[], ["--bf16"]], ids=["fp32", "bf16"])
+def test_sigkill_and_the_same_command_again(dtype: list[str], train_cases: Path, tmp_path: Path) -> None:
+    words = [*train_words(train_cases, "layer:2x2,full"), *DP2, *dtype]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    torchrun_train(2, words, whole)
+    words += ["--save", str(run), "--load", str(run), "--save-interval", "1", "--keep", "2"]
+    words += ["--save-hf", str(tmp_path / "out")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [*launch, "megatron_bupo", *words, *DP2],
+        [*launch, "megatron_bupo", *words],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -101,9 +104,9 @@ def test_sigkill_and_the_same_command_again(train_cases: Path, distributed_run: 
         victim.kill()
     process.wait()
     assert not (tmp_path / "out").exists(), "it was killed too late to test anything"
-    assert_passed(torchrun(2, "-m", "megatron_bupo", *words, *DP2))
-    assert differences(distributed_run / "out", tmp_path / "out") == []
-    assert timeless(run) == timeless(distributed_run)
+    assert_passed(torchrun(2, "-m", "megatron_bupo", *words))
+    assert differences(whole / "out", tmp_path / "out") == []
+    assert timeless(run) == timeless(whole)
     assert sorted(path.name for path in run.glob("iter_*")) == [f"iter_{STEPS - 1:07d}", f"iter_{STEPS:07d}"]
     assert not list(run.glob(".iter_*"))
 
