@@ -38,6 +38,8 @@ class PolicyOutput:
 
 # What the last stage makes of an output: (loss sum, count, whatever the caller collects).
 LossFunction = Callable[[MicroBatch, PolicyOutput], tuple[Tensor, Tensor, Any]]
+# What it makes of its hidden state: what goes into the schedule, and the function that the schedule calls with that.
+LastStage = Callable[[HiddenStateModel, Tensor, MicroBatch], tuple[Any, Callable[..., Any]]]
 
 
 def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
@@ -54,6 +56,13 @@ def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
     )
 
 
+def unembedding_weight(model: HiddenStateModel) -> Tensor:
+    """W of this tensor-parallel rank, [V_local, H], on the last stage; tied embeddings share it."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
 def unembed(
     model: HiddenStateModel, hidden: Tensor, batch: MicroBatch, temperature: float, vocab_size: int
 ) -> PolicyOutput:
@@ -67,10 +76,9 @@ def unembed(
     rows = hidden.squeeze(1).index_select(0, batch.rows)
     if not model.config.sequence_parallel:
         rows = copy_to_tensor_model_parallel_region(rows)
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     logprobs, entropy = logprob_and_entropy(
         rows,
-        model.output_layer.weight if weight is None else weight,
+        unembedding_weight(model),
         batch.targets,
         temperature=temperature,
         vocab_size=vocab_size,
@@ -79,23 +87,21 @@ def unembed(
     return PolicyOutput(logprobs, entropy)
 
 
-def run_policy(
+def run_schedule(
     chunks: Sequence[HiddenStateModel],
     batches: Sequence[MicroBatch],
     spec: PolicySpec,
     state: ParallelState,
+    last_stage: LastStage,
     *,
-    temperature: float,
-    vocab_size: int,
-    loss_function: LossFunction | None = None,
+    forward_only: bool,
 ) -> list[Any]:
-    """Run micro-batches through the policy `spec` under megatron-core's pipeline schedule.
+    """Run micro-batches through the model cut to the policy `spec`, under megatron-core's pipeline schedule.
 
-    With `loss_function` the backward runs too, and gradients accumulate where the parameters keep them; without it
-    nothing is recorded for autograd. Under pipeline parallelism all micro-batches have one length.
+    Under pipeline parallelism all micro-batches have one length. Forward only, nothing is recorded for autograd.
 
     Returns:
-        On the last stage, per micro-batch, the third value of `loss_function` or the PolicyOutput; elsewhere [].
+        On the last stage, per micro-batch, what the function from `last_stage` returns; elsewhere [].
     """
     views = [view_for(chunk, spec) for chunk in chunks]
     lengths = {len(batch.tokens) for batch in batches}
@@ -109,12 +115,7 @@ def run_policy(
             attention_mask=None,
             packed_seq_params=packed_sequences(batch),
         )
-        if not view.post_process:
-            return hidden, None
-        output = unembed(view, hidden, batch, temperature, vocab_size)
-        if loss_function is None:
-            return output, lambda result, non_loss_data: result
-        return hidden, lambda _: loss_function(batch, output)
+        return last_stage(view, hidden, batch) if view.post_process else (hidden, None)
 
     run = partial(
         get_forward_backward_func(),
@@ -125,7 +126,34 @@ def run_policy(
         seq_length=len(batches[0].tokens),
         micro_batch_size=1,
     )
-    if loss_function is not None:
+    if not forward_only:
         return run(forward_only=False)
     with torch.no_grad():
         return run(forward_only=True, collect_non_loss_data=True)
+
+
+def run_policy(
+    chunks: Sequence[HiddenStateModel],
+    batches: Sequence[MicroBatch],
+    spec: PolicySpec,
+    state: ParallelState,
+    *,
+    temperature: float,
+    vocab_size: int,
+    loss_function: LossFunction | None = None,
+) -> list[Any]:
+    """Log-probs and entropies of micro-batches under the policy `spec`.
+
+    With `loss_function` the backward runs too, and gradients accumulate where the parameters keep them.
+
+    Returns:
+        On the last stage, per micro-batch, the third value of `loss_function` or the PolicyOutput; elsewhere [].
+    """
+
+    def last_stage(view: HiddenStateModel, hidden: Tensor, batch: MicroBatch) -> tuple[Any, Callable[..., Any]]:
+        output = unembed(view, hidden, batch, temperature, vocab_size)
+        if loss_function is None:
+            return output, lambda result, non_loss_data: result
+        return hidden, lambda _: loss_function(batch, output)
+
+    return run_schedule(chunks, batches, spec, state, last_stage, forward_only=loss_function is None)
