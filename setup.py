@@ -35,6 +35,7 @@ EXTRAS = {
     "sglang": ["requests>=2.31"],
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.8"],
     "dev": [
+        "accelerate>=1.0",  # transformers reads GGUF only with it
         "gguf>=0.17",
         "mypy>=1.18",
         "pytest>=8.4",
