@@ -118,9 +118,10 @@ class OptimizerState:
         for name, param in self._parameters:
             slot = self._slots.get(param)
             state = slot.inner.state.get(slot.value, {}) if slot else {}
-            mine[name] = (
-                int((state if slot and _counts_per_parameter(slot) else slot.group)["step"]) if slot and state else 0
-            )
+            if slot is None or not state:
+                mine[name] = 0
+            else:
+                mine[name] = int((state if _counts_per_parameter(slot) else slot.group)["step"])
         peers: list[dict[str, int]] = [{}] * dist.get_world_size(self._dp_group)
         dist.all_gather_object(peers, mine, group=self._dp_group)
         return {name: max(peer[name] for peer in peers) for name in mine}
