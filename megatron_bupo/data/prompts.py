@@ -66,6 +66,11 @@ class PromptSet:
         return digest.hexdigest()
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a tokenizer is in a HuggingFace folder."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a HuggingFace folder.
 
@@ -74,7 +79,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     if not Path(folder).is_dir():
         raise UsageError(f"{folder}: no such folder; give a HuggingFace folder (config, tokenizer, safetensors)")
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         raise UsageError(f"{folder}: no tokenizer (tokenizer.json, tokenizer_config.json) in it")
     try:
         vocab_size = AutoConfig.from_pretrained(str(folder), local_files_only=True).vocab_size

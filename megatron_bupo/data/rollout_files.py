@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_bupo.errors import UsageError
+from megatron_bupo.files import new_file
 from megatron_bupo.samples import Rollout
 
 
@@ -28,15 +28,8 @@ def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     """Write a text file that appears whole or not at all; its folder is made where it is missing."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with new_file(path) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def read_rollouts(path: str | Path, vocab_size: int | None = None) -> list[Rollout]:
