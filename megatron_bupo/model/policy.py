@@ -63,21 +63,24 @@ def unembedding_weight(model: HiddenStateModel) -> Tensor:
     return model.output_layer.weight
 
 
-def unembed(
-    model: HiddenStateModel, hidden: Tensor, batch: MicroBatch, temperature: float, vocab_size: int
-) -> PolicyOutput:
-    """Log-probs and entropies of `batch`'s targets from the hidden state [T, 1, H] ([T / TP, 1, H] under SP).
+def response_rows(model: HiddenStateModel, hidden: Tensor, batch: MicroBatch) -> Tensor:
+    """The rows [R, H] that predict `batch`'s targets, of a hidden state [T, 1, H] ([T / TP, 1, H] under SP).
 
-    The unembedding returns this tensor-parallel rank's share of the gradient of the hidden state; exactly one of the
-    two region functions sums it.
+    What is computed from them is this tensor-parallel rank's share of their gradient: exactly one of the two region
+    functions sums it.
     """
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     rows = hidden.squeeze(1).index_select(0, batch.rows)
-    if not model.config.sequence_parallel:
-        rows = copy_to_tensor_model_parallel_region(rows)
+    return rows if model.config.sequence_parallel else copy_to_tensor_model_parallel_region(rows)
+
+
+def unembed(
+    model: HiddenStateModel, hidden: Tensor, batch: MicroBatch, temperature: float, vocab_size: int
+) -> PolicyOutput:
+    """Log-probs and entropies of `batch`'s targets from the hidden state [T, 1, H] ([T / TP, 1, H] under SP)."""
     logprobs, entropy = logprob_and_entropy(
-        rows,
+        response_rows(model, hidden, batch),
         unembedding_weight(model),
         batch.targets,
         temperature=temperature,

@@ -38,7 +38,15 @@ class RowStatistics(NamedTuple):
 
     lse_bits: Tensor  # [R] log2 of the sum of exp(logits / T)
     target_bits: Tensor  # [R] the target's logit / T, times log2 e
+    top_bits: Tensor  # [R] the largest logit / T, times log2 e
     entropy: Tensor  # [R] nats
+
+
+class Expectation(NamedTuple):
+    """Per row, under p = softmax(hidden @ weight.T)."""
+
+    embedding: Tensor  # [R, H] sum over the vocabulary of p times the rows of weight, in the compute dtype
+    top_token: Tensor  # int64 [R] the most likely token, the lowest id where several are
 
 
 def logprob_and_entropy(
@@ -95,7 +103,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
         vocab_size: int,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        rows = _row_statistics(hidden, weight, targets, temperature=temperature, vocab_size=vocab_size, group=group)
+        rows = row_statistics(hidden, weight, targets, temperature=temperature, vocab_size=vocab_size, group=group)
         ctx.set_materialize_grads(False)  # an output that takes no part in the loss costs nothing in the backward
         ctx.save_for_backward(hidden, weight, targets, rows.lse_bits, rows.entropy)
         ctx.temperature, ctx.vocab_size, ctx.group = temperature, vocab_size, group
@@ -141,7 +149,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None
 
 
-def _row_statistics(
+def row_statistics(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -176,7 +184,40 @@ def _row_statistics(
         _move_top(sums, top, group_top)
         dist.all_reduce(sums, group=group)
     log2_sum = sums[0].log2()
-    return RowStatistics(top + log2_sum, sums[2], (log2_sum - sums[1] / sums[0]).mul_(_LN_2))
+    return RowStatistics(top + log2_sum, sums[2], top, (log2_sum - sums[1] / sums[0]).mul_(_LN_2))
+
+
+def expectation(
+    hidden: Tensor, weight: Tensor, lse_bits: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None
+) -> Expectation:
+    """The expected row of `weight` and the most likely token under softmax(hidden @ weight.T), the same on every rank.
+
+    The cross entropy of any other policy softmax(h @ weight.T) relative to this one, its divergence therefore, needs of
+    this one no more than the expected row: E[h . w] = h . E[w].
+
+    Args:
+        lse_bits: [R] of the same hidden states and weight at temperature 1, from `row_statistics`; the other
+            arguments as there. Not differentiable.
+    """
+    tiles = _Tiles(hidden, weight, 1.0, vocab_size, group)
+    expected = torch.zeros(hidden.shape, dtype=tiles.dtype, device=hidden.device)
+    top = torch.full(lse_bits.shape, torch.finfo(tiles.dtype).min, dtype=tiles.dtype, device=hidden.device)
+    token = torch.full(lse_bits.shape, vocab_size, dtype=torch.int64, device=hidden.device)
+    for columns, weight_tile in tiles.columns():
+        for rows in tiles.rows():
+            bits = tiles.logits_in_bits(rows, weight_tile)
+            tile_top, index = bits.max(dim=1)
+            token[rows] = torch.where(tile_top > top[rows], index + tiles.first_id + columns.start, token[rows])
+            torch.maximum(top[rows], tile_top, out=top[rows])
+            # In the compute dtype also where the logits are products of bf16: p in 8 bits would be off by 0.4 %.
+            expected[rows].addmm_(tiles.exp2(bits.sub_(lse_bits[rows, None])), weight_tile.to(tiles.dtype))
+    if tiles.num_ranks > 1 and len(lse_bits) > 0:
+        group_top = top.clone()
+        dist.all_reduce(group_top, dist.ReduceOp.MAX, group=group)
+        token.masked_fill_(top < group_top, vocab_size)
+        dist.all_reduce(token, dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(expected, group=group)
+    return Expectation(expected, token)
 
 
 def _move_top(sums: Tensor, top: Tensor, new_top: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.parallel import unembedding
-from megatron_bupo.parallel.unembedding import logprob_and_entropy
+from megatron_bupo.parallel.unembedding import expectation, logprob_and_entropy, row_statistics
 
 ROWS, HIDDEN, VOCAB, PADDED_VOCAB = 13, 8, 101, 128
 
@@ -73,6 +73,30 @@ def test_equals_dense_float64(scale: float, temperature: float, use: str) -> Non
     assert_near(grad(hidden), grad(hidden64), 2e-6 if scale <= 1 else 2e-4)
     assert_near(grad(weight)[:VOCAB], grad(weight64), 2e-6 if scale <= 1 else 2e-4)
     assert torch.equal(grad(weight)[VOCAB:], torch.zeros(PADDED_VOCAB - VOCAB, HIDDEN))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_statistics_and_expectation_equal_dense_float64(scale: float) -> None:
+    hidden, weight, targets, *_ = (tensor.detach() for tensor in make_case(scale))
+    statistics = row_statistics(hidden, weight, targets, temperature=1.0, vocab_size=VOCAB, group=None)
+    expected = expectation(hidden, weight, statistics.lse_bits, vocab_size=VOCAB, group=None)
+    logits = hidden.double() @ weight[:VOCAB].double().T
+    bits = logits / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    assert_near(statistics.top_bits, bits.amax(1), 1e-6)
+    assert_near(statistics.target_bits, bits.gather(1, targets[:, None])[:, 0], 1e-6)
+    assert_near(statistics.lse_bits, torch.logsumexp(logits, 1) / torch.log(torch.tensor(2.0)), 1e-6)
+    assert_near(expected.embedding, logits.softmax(1) @ weight[:VOCAB].double(), 1e-6 if scale <= 1 else 1e-4)
+    assert torch.equal(expected.top_token, logits.argmax(1))
+
+
+def test_the_most_likely_of_equal_tokens_is_the_first() -> None:
+    weight = torch.zeros(PADDED_VOCAB, HIDDEN)
+    weight[[20, 60, 100]] = 1.0
+    hidden = torch.ones(ROWS, HIDDEN)
+    statistics = row_statistics(hidden, weight, torch.full((ROWS,), 60), temperature=1.0, vocab_size=VOCAB, group=None)
+    expected = expectation(hidden, weight, statistics.lse_bits, vocab_size=VOCAB, group=None)
+    assert expected.top_token.tolist() == [20] * ROWS
+    assert torch.equal(statistics.target_bits, statistics.top_bits)  # 60 is as likely
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
