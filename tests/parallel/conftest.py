@@ -10,6 +10,7 @@ import torch
 
 from megatron_bupo.data.rollout_files import step_file, write_rollouts
 from megatron_bupo.policy_spec import PolicySpec
+from tests.parallel.flow_reference import reference_flow, summarise, token_counts
 from tests.parallel.references import SPECS, TEMPERATURES, configs, random_rollouts, reference_scores, write_model
 from tests.parallel.train_reference import train_reference
 
@@ -38,6 +39,31 @@ def score_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for spec in SPECS
                 for temperature in TEMPERATURES
             }
+    torch.save(reference, folder / "reference.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flow_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the six models, rollouts.jsonl and reference.pt.
+
+    The untied models have sharp policies (entropies from 0 to 4.5 nats and KL up to 9), the tied ones nearly flat ones.
+    reference.pt has for each model, by tests/parallel/flow_reference.py: values, means and errors (dicts of tensors),
+    and num_tokens (int64, one a response).
+    """
+    folder = tmp_path_factory.mktemp("flow")
+    rollouts = random_rollouts(7)
+    write_rollouts(folder / "rollouts.jsonl", rollouts)
+    reference: dict[str, dict[str, Any]] = {}
+    for name, config in configs().items():
+        model: Any = write_model(config, folder / name)
+        if not config.tie_word_embeddings:
+            model.lm_head.weight.data.mul_(10)
+            model.save_pretrained(folder / name)
+        values = reference_flow(model, rollouts)
+        means, errors = summarise(values)
+        num_tokens = torch.tensor(token_counts(rollouts))
+        reference[name] = {"values": values, "means": means, "errors": errors, "num_tokens": num_tokens}
     torch.save(reference, folder / "reference.pt")
     return folder
 

@@ -1,0 +1,146 @@
+"""The entropy flow of a model as numbers: what entropy_flow.json holds. Reads and writes without torch.
+
+The names of a layer's numbers, all means over the tokens that the model generated (arXiv 2512.19673, section 3), with
+their standard errors over tokens as se_<name>; A, F, M and H as in the paper, entropies in nats at temperature 1:
+
+    resid, attn, ffn       entropy of the policies of H_l, A_l and F_l: softmax(state W^T)
+    attn_in, ffn_in        entropy at the modules' normed inputs LN1_l(H_{l-1}) and LN2_l(M_l)
+    d_layer                resid minus resid of the layer below (the embedding below layer 1)
+    d_attn, d_ffn          attn - attn_in, ffn - ffn_in
+    cos_attn, cos_ffn      cosine of A_l with H_{l-1}, of F_l with M_l
+    resid_norm             L2 norm of H_l
+    kl_full                KL(full policy || policy of H_l)
+    top1_full              share of tokens where both hold the same token for the most likely one
+    resid@norm, ...        the first three with the final norm in front of the unembedding (only when asked for)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_bupo.errors import UsageError
+from megatron_bupo.files import new_file
+
+if TYPE_CHECKING:
+    from megatron_bupo.samples import Rollout  # which needs torch
+
+SCHEMA = 1
+FILE_NAME = "entropy_flow.json"
+METRICS = (
+    "resid", "attn", "ffn", "attn_in", "ffn_in", "d_layer", "d_attn", "d_ffn", "cos_attn", "cos_ffn", "resid_norm",
+    "kl_full", "top1_full",
+)  # fmt: skip
+NORM_METRICS = ("resid@norm", "attn@norm", "ffn@norm")
+STAGES = ("exploration", "integration", "convergence")
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """The entropies along one response.
+
+    `tokens` are its T tokens as text; `resid` has a list of T entropies for each layer from 1, `full` those of the full
+    policy: of the position that predicts the token.
+    """
+
+    response: int
+    tokens: list[str]
+    resid: list[list[float]]
+    full: list[float]
+
+
+@dataclass(frozen=True)
+class EntropyFlow:
+    """What entropy_flow.json holds.
+
+    `embedding` has resid, se_resid, resid_norm and se_resid_norm of H_0; `layers` one dict a layer, from layer 1, with
+    "layer" and every name of METRICS and its se_. `stages` has [first, last] layer or None for each of STAGES;
+    `selection` the evidence for them and for `suggested_layer` (analysis/stages.py says what is in it).
+    """
+
+    model: str
+    vocab_size: int
+    num_responses: int
+    num_tokens: int
+    final_entropy: float
+    se_final_entropy: float
+    embedding: dict[str, float]
+    layers: list[dict[str, float]]
+    stages: dict[str, list[int] | None]
+    suggested_layer: int | None
+    selection: dict[str, Any] = field(default_factory=dict)
+    heatmap: Heatmap | None = None
+
+    def column(self, name: str) -> list[float]:
+        """One number by layer, from layer 1."""
+        return [layer[name] for layer in self.layers]
+
+
+def check_measurable(rollouts: Sequence[Rollout], where: str) -> None:
+    """Raise UsageError unless the policy wrote two tokens or more: a standard error takes two."""
+    num_tokens = sum(sum(rollout.mask) for rollout in rollouts)
+    if num_tokens < 2:
+        found = "no response tokens" if num_tokens == 0 else "a single response token"
+        raise UsageError(f"{where}: {found} that the policy wrote (response_mask 1); give responses with 2 or more")
+
+
+def step_flow_file(save: str | Path, step: int) -> Path:
+    """Where a training run keeps the flow of a step.
+
+    >>> step_flow_file("runs/bupo", 10).as_posix()
+    'runs/bupo/entropy_flow/step_000010/entropy_flow.json'
+    """
+    return Path(save) / "entropy_flow" / f"step_{step:06d}" / FILE_NAME
+
+
+def write_flow(folder: str | Path, flow: EntropyFlow) -> Path:
+    """FOLDER/entropy_flow.json, written beside and renamed."""
+    path = Path(folder) / FILE_NAME
+    with new_file(path) as beside:
+        beside.write_text(json.dumps({"schema": SCHEMA, **asdict(flow)}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read_flow(path: str | Path) -> EntropyFlow:
+    """The flow of a file, or of the folder that it lies in.
+
+    Raises:
+        UsageError: no such file, no JSON, another schema, something missing, or one layer only.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give an {FILE_NAME} that entropy-flow wrote") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON; give an {FILE_NAME} that entropy-flow wrote") from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise UsageError(f"{path}: no entropy flow (it has no schema); give an {FILE_NAME} that entropy-flow wrote")
+    if content.pop("schema") != SCHEMA:
+        raise UsageError(f"{path}: is of another schema than {SCHEMA}; measure again with this version")
+    try:
+        heatmap = content.pop("heatmap", None)
+        flow = EntropyFlow(**content, heatmap=None if heatmap is None else Heatmap(**heatmap))
+        _check(flow)
+    except (TypeError, KeyError, ValueError) as error:
+        raise UsageError(f"{path}: no whole entropy flow ({error}); measure again") from error
+    return flow
+
+
+def _check(flow: EntropyFlow) -> None:
+    """Raise ValueError or KeyError for numbers that are missing or are none."""
+    if len(flow.layers) < 2:
+        raise ValueError(f"{len(flow.layers)} layer(s), a flow has 2 or more")
+    if [layer["layer"] for layer in flow.layers] != list(range(1, len(flow.layers) + 1)):
+        raise ValueError("the layers are not 1, 2, 3, ...")
+    for layer in flow.layers:
+        for name in METRICS:
+            if not (math.isfinite(layer[name]) and math.isfinite(layer[f"se_{name}"])):
+                raise ValueError(f"{name} of layer {layer['layer']} is {layer[name]}")
+    if set(flow.stages) != set(STAGES):
+        raise ValueError(f"the stages are {sorted(flow.stages)}")

@@ -1,0 +1,136 @@
+"""The entropy flow by HuggingFace's own modules, dense and in float64: what every layout is compared with.
+
+Only hooks on transformers' modules, in fp32 with eager attention; nothing of megatron_bupo computes a number here.
+Shapes: S tokens of a sequence, T measured tokens of all responses, L layers, H hidden, V real vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bupo.analysis.flow_file import METRICS, NORM_METRICS
+from megatron_bupo.samples import Rollout
+
+
+def reference_flow(model: Any, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    """Every number of the flow for every measured token, at temperature 1.
+
+    Measured are the response tokens whose mask is 1, responses in order, each at the position that predicts it.
+
+    Args:
+        model: a HuggingFace causal language model of the Llama family, fp32, eager attention.
+
+    Returns:
+        float64: [L, T] for each name of METRICS and NORM_METRICS (defined in analysis/flow_file.py); [T] for
+        "embedding resid", "embedding resid_norm" and "full", the entropy of the full policy.
+    """
+    assert model.dtype == torch.float32 and model.config._attn_implementation == "eager" and not model.training
+    parts = [_of_response(model, rollout) for rollout in rollouts]
+    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
+
+
+def token_counts(rollouts: Sequence[Rollout]) -> list[int]:
+    """How many tokens of each response are measured."""
+    return [sum(rollout.mask) for rollout in rollouts]
+
+
+def summarise(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Means over the tokens and their standard errors (unbiased deviation / sqrt(T)): [L] or a scalar a name."""
+    means = {name: value.mean(-1) for name, value in values.items()}
+    errors = {name: value.std(-1, correction=1) / math.sqrt(value.shape[-1]) for name, value in values.items()}
+    return means, errors
+
+
+@torch.no_grad()
+def _of_response(model: Any, rollout: Rollout) -> dict[str, Tensor]:
+    """The numbers of one response, [L, tokens] or [tokens]."""
+    ids = torch.tensor(rollout.prompt_tokens + rollout.response_tokens, device=model.device)
+    first = len(rollout.prompt_tokens) - 1
+    rows = [first + i for i, written in enumerate(rollout.mask) if written]
+    layers, normed_top = _capture(model, ids, rows)
+    weight = model.get_output_embeddings().weight[: model.config.vocab_size].double()
+
+    def policy(state: Tensor) -> Tensor:
+        return torch.log_softmax(state.double() @ weight.T, dim=-1)
+
+    full = policy(normed_top)
+    embedding = layers[0]["below"]
+    resid_below = _entropy(policy(embedding))
+    flow = {"full": _entropy(full), "embedding resid": resid_below, "embedding resid_norm": _norm(embedding)}
+    columns: dict[str, list[Tensor]] = {name: [] for name in (*METRICS, *NORM_METRICS)}
+    for layer in layers:
+        numbers = {name: _entropy(policy(layer[name])) for name in ("attn", "ffn", "attn_in", "ffn_in")}
+        resid = policy(layer["resid"])
+        numbers["resid"] = _entropy(resid)
+        numbers["d_layer"] = numbers["resid"] - resid_below
+        numbers["d_attn"] = numbers["attn"] - numbers["attn_in"]
+        numbers["d_ffn"] = numbers["ffn"] - numbers["ffn_in"]
+        numbers["cos_attn"] = _cosine(layer["attn"], layer["below"])
+        numbers["cos_ffn"] = _cosine(layer["ffn"], layer["middle"])
+        numbers["resid_norm"] = _norm(layer["resid"])
+        numbers["kl_full"] = (full.exp() * (full - resid)).sum(-1)
+        numbers["top1_full"] = (full.argmax(-1) == resid.argmax(-1)).double()
+        for name in ("resid", "attn", "ffn"):
+            numbers[f"{name}@norm"] = _entropy(policy(model.model.norm(layer[name])))
+        for name, column in columns.items():
+            column.append(numbers[name])
+        resid_below = numbers["resid"]
+    return flow | {name: torch.stack(column) for name, column in columns.items()}
+
+
+def _capture(model: Any, ids: Tensor, rows: list[int]) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Run one sequence [S] and keep `rows` of its states, fp32 [tokens, H] each.
+
+    Returns:
+        For each layer l: below H_{l-1}, attn_in LN1(H_{l-1}), attn A_l, middle M_l, ffn_in LN2(M_l), ffn F_l and
+        resid H_l, raw; and LN_final(H_L).
+    """
+    layers: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
+    top: dict[str, Tensor] = {}
+    handles = []
+
+    def keep_output(module: nn.Module, place: dict[str, Tensor], name: str) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            place[name] = (output[0] if isinstance(output, tuple) else output)[0, rows]
+
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def keep_input(module: nn.Module, place: dict[str, Tensor], name: str) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            place[name] = (args[0] if args else kwargs["hidden_states"])[0, rows]
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    for layer, place in zip(model.model.layers, layers, strict=True):
+        keep_input(layer, place, "below")
+        keep_input(layer.self_attn, place, "attn_in")
+        keep_output(layer.self_attn, place, "attn")
+        keep_input(layer.post_attention_layernorm, place, "middle")
+        keep_input(layer.mlp, place, "ffn_in")
+        keep_output(layer.mlp, place, "ffn")
+        keep_output(layer, place, "resid")
+    keep_output(model.model.norm, top, "normed")
+    try:
+        model.model(input_ids=ids[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers, top["normed"]
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    """Entropy in nats of log-probabilities [T, V]."""
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def _norm(state: Tensor) -> Tensor:
+    return state.double().square().sum(-1).sqrt()
+
+
+def _cosine(left: Tensor, right: Tensor) -> Tensor:
+    return (left.double() * right.double()).sum(-1) / (_norm(left) * _norm(right))
