@@ -14,7 +14,7 @@ LR_DECAY_STYLES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class PolicySchedule:
-    """The phases of a run: (policy, number of steps), all counts resolved and from 1.
+    """The phases of a run: (policy, number of steps), all counts resolved; 0 only in what was ended early.
 
     >>> schedule = PolicySchedule.parse("layer:6x30,full", train_iters=300)
     >>> str(schedule), schedule.describe()
@@ -107,6 +107,44 @@ class PolicySchedule:
             left -= steps
         raise AssertionError(f"step {step} lies beyond the schedule {self}")
 
+    def ended_before(self, step: int) -> PolicySchedule:
+        """This schedule with the internal phase that `step` lies in ended before it; `step` trains the full policy.
+
+        All internal entries in a row end together, those not reached with 0 steps. The following ones keep their
+        counts and move forward, the last one takes what is left. The policies stay the same set.
+
+        >>> str(PolicySchedule.parse("layer:6x30,fullx70,attn:3x50,full", train_iters=300).ended_before(21))
+        'layer:6x20,fullx70,attn:3x50,fullx160'
+
+        Raises:
+            UsageError: no full policy follows.
+        """
+        assert not self.at(step).is_full, f"step {step} of {self} is in no internal phase"
+        phases: list[tuple[PolicySpec, int]] = []
+        begin, ending = 0, False
+        for spec, steps in self.phases:
+            ending = not spec.is_full and (ending or begin < step <= begin + steps)
+            phases.append((spec, max(step - 1 - begin, 0) if ending else steps))
+            begin += steps
+        if ending:
+            raise UsageError(
+                f"the internal phase ended before step {step}, but in {self} no full policy follows; add one"
+            )
+        spec, steps = phases[-1]
+        phases[-1] = (spec, steps + begin - sum(count for _, count in phases))
+        return PolicySchedule(tuple(phases))
+
+    def check_stop(self) -> None:
+        """Raise UsageError unless there are internal phases, and something to go on with when one ends early."""
+        if all(spec.is_full for spec in self.specs):
+            raise UsageError(f"--internal-stop: the schedule {self} has no internal phase to end; leave the flag out")
+        last, _ = self.phases[-1]
+        if not last.is_full:
+            raise UsageError(
+                f"--internal-stop: the schedule {self} ends with {last}, with nothing to go on with; let it end with "
+                "full"
+            )
+
     @property
     def specs(self) -> tuple[PolicySpec, ...]:
         """Every policy once, in the order of first training."""
@@ -120,14 +158,18 @@ class PolicySchedule:
     def describe(self) -> str:
         """For people: ``steps 1-30 layer:6, steps 31-300 full``."""
         parts, first = [], 1
-        for spec, steps in self.phases:
+        for spec, steps in self._reached:
             last = first + steps - 1
             parts.append(f"step {first} {spec}" if steps == 1 else f"steps {first}-{last} {spec}")
             first = last + 1
         return ", ".join(parts)
 
     def __str__(self) -> str:
-        return ",".join(f"{spec}x{steps}" for spec, steps in self.phases)
+        return ",".join(f"{spec}x{steps}" for spec, steps in self._reached)
+
+    @property
+    def _reached(self) -> list[tuple[PolicySpec, int]]:
+        return [(spec, steps) for spec, steps in self.phases if steps]
 
 
 def _check_train_iters(train_iters: int) -> None:

@@ -45,6 +45,22 @@ def means(observed: dict[str, float]) -> dict[str, float]:
     return result
 
 
+def full_policy_metrics(seen: dict[str, float]) -> dict[str, float]:
+    """What `means` found of the full policy, under the names for it."""
+    engine = {name: value for name, value in seen.items() if name.startswith("logprob_diff")}
+    return {"entropy_full": seen["entropy"], **engine}
+
+
+def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """How good and how long the responses of a step are on average; a reward of at least 1 is accurate."""
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    return {
+        "reward_mean": sum(rewards) / len(rewards),
+        "accuracy": sum(reward >= 1 for reward in rewards) / len(rewards),
+        "response_len_mean": sum(len(rollout.response_tokens) for rollout in rollouts) / len(rollouts),
+    }
+
+
 def rollout_metrics(rollouts: Sequence[Rollout], timeouts: int, seconds: dict[str, float]) -> dict[str, Any]:
     """What the responses of a step say before anything is computed on them.
 
@@ -53,9 +69,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], timeouts: int, seconds: dict[st
     rewards = [float(rollout.reward) for rollout in rollouts if rollout.reward is not None]
     num_tokens = sum(rollout.num_tokens for rollout in rollouts)
     return {
-        "reward_mean": sum(rewards) / len(rewards),
-        "accuracy": sum(reward >= 1 for reward in rewards) / len(rewards),
-        "response_len_mean": sum(len(rollout.response_tokens) for rollout in rollouts) / len(rollouts),
+        **response_metrics(rollouts),
         "truncated_frac": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         "zero_spread_groups": num_zero_spread_groups(rewards, [rollout.group for rollout in rollouts]),
         "reward_timeouts": timeouts,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megatron_bupo.config import RunConfig
 from megatron_bupo.errors import UsageError
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.training.watch import PhaseNumbers, PhaseWatch
 from megatron_bupo.weights.checkpoint_tree import TRACKER, find_checkpoint
 
 RUN_STATE = "run_state.json"
@@ -56,12 +58,18 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class RunState:
-    """SAVE/iter_*/run_state.json: where the run stands, and the converted checkpoint that it started from, if any."""
+    """SAVE/iter_*/run_state.json: where the run stands, and the converted checkpoint that it started from, if any.
+
+    `ended` are the steps before which --internal-stop ended a phase of the schedule that `identity` names;
+    `phase_start` the numbers of the first step of the internal phase that the run is in, if it is watched.
+    """
 
     step: int
     identity: RunIdentity
     optimizer_steps: dict[str, int]
     converted: str | None = None
+    ended: tuple[int, ...] = ()
+    phase_start: PhaseNumbers | None = None
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
@@ -80,7 +88,16 @@ class RunState:
                 raise UsageError(f"{path}: schema {content['schema']}; this version reads {SCHEMA}")
             identity = content["identity"]
             identity |= {name: tuple(identity[name]) for name in ("phases", "replay")}
-            return cls(int(content["step"]), RunIdentity(**identity), content["optimizer_steps"], content["converted"])
+            phase_start = content.get("phase_start")
+            return cls(
+                int(content["step"]),
+                RunIdentity(**identity),
+                content["optimizer_steps"],
+                content["converted"],
+                # A run from before the watch has neither.
+                tuple(content.get("ended", ())),
+                None if phase_start is None else PhaseNumbers(**phase_start),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: no run state that can be read ({type(error).__name__}: {error})") from error
 
@@ -92,11 +109,25 @@ def newest_checkpoint(save: str | Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.removeprefix("iter_")), default=None)
 
 
+def layer_so_far(run: RunConfig) -> int | None:
+    """The layer of the first internal phase of the run that --load names; None if there is no such run or phase.
+
+    Raises:
+        UsageError: its state cannot be read.
+    """
+    folder = None if run.load is None else newest_checkpoint(run.load)
+    if folder is None:
+        return None
+    layers = (PolicySpec.parse(phase).layer for phase in RunState.read(folder).identity.phases)
+    return next((layer for layer in layers if layer is not None), None)
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run begins: after step `done`, from the iteration `folder` (None: from its model).
 
     `converted` is a converted checkpoint whose weights the run starts from; `changes` what it was told to go on with.
+    `ended` are the steps before which a phase of the schedule was ended early, `watch` is over the current phase.
     """
 
     done: int = 0
@@ -104,6 +135,8 @@ class Start:
     state: RunState | None = None
     converted: Path | None = None
     changes: tuple[str, ...] = ()
+    ended: tuple[int, ...] = ()
+    watch: PhaseWatch | None = None
 
 
 def find_start(run: RunConfig, identity: RunIdentity) -> Start:
@@ -135,7 +168,11 @@ def find_start(run: RunConfig, identity: RunIdentity) -> Start:
     converted = None if state.converted is None else Path(state.converted)
     if converted is not None and not converted.is_dir():
         raise UsageError(f"--load {run.load}: the run started from {converted}, which is gone; put it back")
-    return Start(state.step, folder, state, converted, tuple(changes))
+    # Under --allow-changed-run the steps taken may be of another schedule; what ended there means nothing in this one.
+    same_so_far = identity.phases[: state.step] == state.identity.phases[: state.step]
+    watch = None if state.phase_start is None else PhaseWatch.read(folder.parent, state.phase_start)
+    ended = state.ended if same_so_far else ()
+    return Start(state.step, folder, state, converted, tuple(changes), ended, watch)
 
 
 def cut_metrics(save: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_bupo.config import RunConfig
 from megatron_bupo.errors import UsageError
+from megatron_bupo.samples import Rollout
 from megatron_bupo.training.run_state import (
     RUN_STATE,
     RunIdentity,
@@ -18,6 +20,7 @@ from megatron_bupo.training.run_state import (
     find_start,
     newest_checkpoint,
 )
+from megatron_bupo.training.watch import PhaseNumbers, PhaseWatch
 
 IDENTITY = RunIdentity("m", "fp32", "d", (), 1, 4, 2, ("layer:2", "layer:2", "full"))
 REPLAY = replace(IDENTITY, data="", replay=("a", "b", "c"))
@@ -97,6 +100,39 @@ def test_more_steps_are_no_change(tmp_path: Path) -> None:
     write_iteration(tmp_path, 2)
     longer = replace(IDENTITY, phases=(*IDENTITY.phases, "full", "full"))
     assert find_start(RunConfig(load=str(tmp_path)), longer).changes == ()
+
+
+def test_a_watched_phase_goes_on(tmp_path: Path) -> None:
+    watch = PhaseWatch(PhaseNumbers(2, 0.1, 1 / 3, 0.7), [Rollout(0, [1], [2], rollout_logprobs=[-0.1])])
+    folder = write_iteration(tmp_path, 2)
+    (folder / RUN_STATE).write_text(RunState(2, IDENTITY, {}, ended=(1,), phase_start=watch.first).to_json())
+    with pytest.raises(UsageError, match=r"watch_step_000002\.jsonl"):
+        find_start(RunConfig(load=str(tmp_path)), IDENTITY)
+    watch.write(tmp_path)
+    start = find_start(RunConfig(load=str(tmp_path)), IDENTITY)
+    assert (start.ended, start.watch) == ((1,), watch)
+
+
+def test_what_ended_early_stays_so_unless_the_steps_taken_are_of_another_schedule(tmp_path: Path) -> None:
+    folder = write_iteration(tmp_path, 2)
+    (folder / RUN_STATE).write_text(RunState(2, IDENTITY, {}, ended=(2,)).to_json())
+    changed = RunConfig(load=str(tmp_path), allow_changed_run=True)
+    for phases, ended in (
+        (("layer:2", "layer:2", "full", "full"), (2,)),
+        (("layer:2", "layer:2", "layer:2", "full"), (2,)),
+        (("layer:2", "full", "full"), ()),
+        (("layer:2",), ()),
+    ):
+        assert find_start(changed, replace(IDENTITY, phases=phases)).ended == ended
+
+
+def test_a_run_from_before_the_watch_is_read(tmp_path: Path) -> None:
+    folder = write_iteration(tmp_path, 2)
+    content = json.loads((folder / RUN_STATE).read_text())
+    del content["ended"], content["phase_start"]
+    (folder / RUN_STATE).write_text(json.dumps(content))
+    start = find_start(RunConfig(load=str(tmp_path)), IDENTITY)
+    assert (start.done, start.ended, start.watch) == (2, (), None)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"schema": 2}', '{"schema": 1, "step": 1}', "[1]"])

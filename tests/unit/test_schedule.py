@@ -86,6 +86,45 @@ def test_describe_specs_and_check():
         schedule.check(num_layers=5)
 
 
+@pytest.mark.parametrize(
+    ("text", "step", "left"),
+    [
+        ("layer:6x4,full", 3, "layer:6x2,fullx8"),
+        ("layer:6x4,full", 1, "fullx10"),
+        ("layer:6x4,full", 4, "layer:6x3,fullx7"),
+        ("fullx2,layer:6x4,full", 5, "fullx2,layer:6x2,fullx6"),
+        # What follows keeps its count and moves forward; the last entry takes what is left.
+        ("layer:6x4,fullx2,attn:3x2,fullx2", 2, "layer:6x1,fullx2,attn:3x2,fullx5"),
+        ("layer:6x4,fullx2,attn:3x2,fullx2", 8, "layer:6x4,fullx2,attn:3x1,fullx3"),
+        ("layer:6x4,fullx2,attn:3", 2, "layer:6x1,fullx2,attn:3x7"),
+        # Internal entries in a row are one phase.
+        ("layer:6x3,attn:3x3,ffn:2x1,fullx1,layer:6x1,full", 2, "layer:6x1,fullx1,layer:6x1,fullx7"),
+        ("layer:6x3,attn:3x3,ffn:2x1,fullx1,layer:6x1,full", 5, "layer:6x3,attn:3x1,fullx1,layer:6x1,fullx4"),
+    ],
+)
+def test_a_phase_that_ended_before_a_step(text, step, left):
+    schedule = PolicySchedule.parse(text, 10)
+    cut, expected = schedule.ended_before(step), PolicySchedule.parse(left, 10)
+    assert str(cut) == left
+    assert [cut.at(number) for number in range(1, 11)] == [expected.at(number) for number in range(1, 11)]
+    assert cut.at(step) == FULL
+    assert cut.describe() == expected.describe()
+    assert cut.specs == schedule.specs, "the optimizer's groups are cut along them"
+
+
+def test_two_phases_that_ended():
+    schedule = PolicySchedule.parse("layer:6x4,attn:3x2,fullx2,attn:3x3,layer:6x3,full", 20)
+    twice = schedule.ended_before(3).ended_before(7)
+    assert str(twice) == "layer:6x2,fullx2,attn:3x2,fullx14"
+
+
+def test_a_phase_ends_only_where_there_is_one_and_something_follows():
+    with pytest.raises(AssertionError):
+        PolicySchedule.parse("layer:6x4,full", 10).ended_before(5)
+    with pytest.raises(UsageError, match="no full policy follows"):
+        PolicySchedule.parse("fullx4,layer:6x4,attn:3x2", 10).ended_before(5)
+
+
 def test_flags():
     assert from_flags().phases == ((FULL, 300),)
     assert from_flags(internal_layer=6, internal_steps=30).phases == ((LAYER_6, 30), (FULL, 270))
