@@ -25,6 +25,7 @@ REQUIREMENTS = [
     "pyarrow>=15",
     "psutil>=5.9",  # megatron-core saves checkpoints with it but does not declare it
     "pyyaml>=6.0",
+    "rich>=13.7",
     "safetensors>=0.5",
     "tensorboard>=2.16",
     "tqdm>=4.66",

@@ -29,7 +29,8 @@ class Rollout:
     """One response to one prompt: a line of a rollout file.
 
     `response_tokens` include the stop token; `response_mask` has 0 for tokens that the policy did not write;
-    `rollout_logprobs` are the engine's, of the full policy at the temperature, before top-p, in nats.
+    `rollout_logprobs` are the engine's, of the full policy at the temperature, before top-p, in nats. `policy` is who
+    wrote the response, in files where several did.
 
     >>> Rollout.from_json('{"group": 0, "prompt_tokens": [5, 6], "response_tokens": [7], "reward": 1.0}').num_tokens
     3
@@ -47,6 +48,7 @@ class Rollout:
     finish_reason: str | None = None
     weight_version: str | None = None
     data_source: str | None = None
+    policy: str | None = None
 
     @property
     def num_tokens(self) -> int:

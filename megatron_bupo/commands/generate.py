@@ -1,16 +1,25 @@
-"""`generate`: responses to prompts from the full policy, or sampled from an internal one."""
+"""`generate`: responses to prompts, from the full policy or sampled from internal ones, several side by side."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from megatron_bupo.config import GenerateConfig, ParallelConfig
-from megatron_bupo.data.prompts import check_positions, load_prompts, load_tokenizer
+from megatron_bupo.analysis.side_by_side import (
+    MAX_CHOICES,
+    MAX_POSITIONS,
+    PolicyView,
+    open_console,
+    print_side_by_side,
+)
+from megatron_bupo.command_config import GenerateConfig
+from megatron_bupo.commands.prompting import Prompting
+from megatron_bupo.config import ParallelConfig
 from megatron_bupo.data.rollout_files import write_rollouts
 from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import parallel_state
-from megatron_bupo.policy_spec import PolicySpec
-from megatron_bupo.rollout.engine import SamplingParams, make_requests, stop_token_ids
+from megatron_bupo.samples import Rollout
 from megatron_bupo.weights.hf_files import HFWeights
 from megatron_bupo.weights.table import table_for
 
@@ -18,34 +27,41 @@ from megatron_bupo.weights.table import table_for
 def run(config: GenerateConfig) -> None:
     """Generate with the embedded engine, each process taking its share of the requests."""
     arch = Architecture.from_hf(config.model.hf_model)
-    spec = PolicySpec.parse(config.policy)
-    spec.check(arch.num_layers)
+    specs = config.policies
+    for spec in specs:
+        spec.check(arch.num_layers)
     # transformers, which loads the engine's model, would fill what is missing with random numbers.
     HFWeights(config.model.hf_model).check(table_for(arch))
-    tokenizer = load_tokenizer(config.model.hf_model)
-    prompts = load_prompts(config.prompt_data, tokenizer, config.rollout_max_prompt_len, require_answer=False)
-    check_positions(prompts, config.rollout_max_response_len, arch.max_position_embeddings)
-    params = SamplingParams(
-        temperature=config.rollout_temperature,
-        top_p=config.rollout_top_p,
-        max_new_tokens=config.rollout_max_response_len,
-        stop_token_ids=stop_token_ids(config.model.hf_model, tokenizer),
-        seed=config.seed,
-    )
+    prompting = Prompting.read(config, arch)
+    requests, params, tokenizer = prompting.requests, prompting.params, prompting.tokenizer
     with parallel_state(ParallelConfig(), config.seed) as state:
         from megatron_bupo.rollout.local import LocalEngine
         from megatron_bupo.rollout.source import generate_shared, to_rollouts
 
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-        engine = LocalEngine(
-            config.model.hf_model, dtype, state.device, policy=spec, max_batch_size=config.rollout_micro_batch_size
-        )
-        # Step 1: what `train` with this seed draws in its first step.
-        samples = config.n_samples_per_prompt
-        requests = make_requests(prompts.prompts[: config.num_prompts], step=1, num_samples=samples)
-        generations = generate_shared(engine, requests, params, state)
-        engine.close()
+        rollouts: list[Rollout] = []
+        views: list[PolicyView] = []
+        for spec in specs:  # one copy of the model at a time
+            engine = LocalEngine(
+                config.model.hf_model, dtype, state.device, policy=spec, max_batch_size=config.rollout_micro_batch_size
+            )
+            generations = generate_shared(engine, requests, params, state)
+            if state.rank == 0:
+                written = to_rollouts(
+                    requests, generations, config.n_samples_per_prompt, tokenizer, keep_logprobs=spec.is_full
+                )
+                if len(specs) > 1:
+                    written = [replace(rollout, policy=str(spec)) for rollout in written]
+                    first = (rollouts or written)[0]  # the first policy's: every policy is asked along this response
+                    shown = first.response_tokens[:MAX_POSITIONS]
+                    top = engine.top_tokens(first.prompt_tokens, shown, MAX_CHOICES, params.temperature)
+                    views.append(PolicyView(str(spec), written[0].response_tokens, *top))
+                rollouts += written
+            engine.close()
         if state.rank == 0:
-            rollouts = to_rollouts(requests, generations, samples, tokenizer, keep_logprobs=spec.is_full)
             write_rollouts(config.output, rollouts)
-            print(f"{config.output}: {len(rollouts)} responses from {spec}, {prompts.num_dropped} prompts dropped")
+            names = ", ".join(map(str, specs))
+            dropped = prompting.prompts.num_dropped
+            print(f"{config.output}: {len(rollouts)} responses from {names}, {dropped} prompts dropped")
+            if views:
+                print_side_by_side(open_console(), requests[0].prompt.text, views, tokenizer)

@@ -84,6 +84,23 @@ class LocalEngine(RolloutEngine):
         assert seen == self._names, f"weight update: missing {sorted(self._names - seen)}"
         self._version = version
 
+    @torch.no_grad()
+    def top_tokens(self, prompt: list[int], response: list[int], k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """What the policy holds most likely at each position of a response, which any policy may have written.
+
+        Returns:
+            Token ids int64 [R, k] and their probabilities fp32 [R, k] for the R tokens of the response, the most likely
+            first, on the CPU: at the temperature, before top-p. k is cut to the vocabulary.
+        """
+        assert self._model is not None, "the engine is closed"
+        assert prompt and response, "a position needs a token before it, and a response has one"
+        # The last token predicts nothing that is shown; the prompt's last one predicts the first row.
+        ids = torch.tensor([prompt + response[:-1]], device=self._device)
+        logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=len(response)).logits[0]
+        probabilities = (logits.float() / temperature).softmax(dim=-1)
+        top = probabilities.topk(min(k, probabilities.shape[-1]), dim=-1)
+        return top.indices.cpu(), top.values.cpu()
+
     def close(self) -> None:
         self._model = None
 

@@ -124,6 +124,30 @@ class EmbeddedGeneration:
         return answer
 
 
+class FirstStepKept:
+    """A source whose first step is wanted before the training begins: it is not generated twice."""
+
+    def __init__(self, source: RolloutSource) -> None:
+        self._source = source
+        self._first: RolloutBatch | None = None
+
+    def first_step(self) -> RolloutBatch:
+        """What `rollouts(1)` will return once more."""
+        if self._first is None:
+            self._first = self._source.rollouts(1)
+        return self._first
+
+    def rollouts(self, step: int) -> RolloutBatch:
+        kept, self._first = self._first, None
+        return kept if kept is not None and step == 1 else self._source.rollouts(step)
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        self._source.update_weights(tensors, version)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def generate_shared(
     engine: RolloutEngine, requests: Sequence[GenerationRequest], params: SamplingParams, state: ParallelState
 ) -> list[Generation]:
