@@ -24,9 +24,9 @@ DESCRIPTIONS = {
     "score": "log-probs and entropies of given responses under any policy",
     "generate": "responses to prompts, from the full policy or sampled from an internal one",
     "evaluate": "avg@k and pass@k on benchmark files (not there yet)",
-    "entropy-flow": "per-layer entropies, entropy changes, residual cosines; figures (not there yet)",
-    "plot": "redraws figures from the numbers of one or more runs, no model needed (not there yet)",
-    "select-layer": "the suggested internal layer, with its reasons (not there yet)",
+    "entropy-flow": "per-layer entropies, entropy changes, residual cosines; figures",
+    "plot": "redraws figures from the numbers of one or more runs, no model needed",
+    "select-layer": "the suggested internal layer, with its reasons",
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
 # torchrun ends every process as soon as one has ended: the others wait this long for the first one's line.
@@ -59,7 +59,7 @@ def _run(words: Sequence[str]) -> None:
     alone = isinstance(config, TrainConfig) and config.run.dry_run and "WORLD_SIZE" not in os.environ
     if isinstance(parallel, ParallelConfig) and not alone:
         check_world(parallel, int(os.environ.get("WORLD_SIZE", "1")))
-    importlib.import_module(f"megatron_bupo.commands.{command}").run(config)
+    importlib.import_module(f"megatron_bupo.commands.{command.replace('-', '_')}").run(config)
 
 
 def _report(error: UsageError) -> None:

@@ -16,11 +16,19 @@ from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from megatron_bupo.config import GenerateConfig, ScoreConfig, TrainConfig
+from megatron_bupo.command_config import EntropyFlowConfig, GenerateConfig, PlotConfig, ScoreConfig, SelectLayerConfig
+from megatron_bupo.config import TrainConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group, flag_name
 
-COMMANDS: dict[str, type[Group]] = {"train": TrainConfig, "score": ScoreConfig, "generate": GenerateConfig}
+COMMANDS: dict[str, type[Group]] = {
+    "train": TrainConfig,
+    "score": ScoreConfig,
+    "generate": GenerateConfig,
+    "entropy-flow": EntropyFlowConfig,
+    "plot": PlotConfig,
+    "select-layer": SelectLayerConfig,
+}
 _EMPTY = "''"
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.flags import Group, check_file, check_folder, check_output, flag, same_flag
-from megatron_bupo.policy_spec import INTERNAL_MODULES, PolicySpec
+from megatron_bupo.flags import Group, check_file, check_folder, flag
+from megatron_bupo.policy_spec import INTERNAL_MODULES
+from megatron_bupo.stop_bounds import StopBound
 
+AUTO = "auto"
 GROUPED_ESTIMATORS = ("grpo", "dr-grpo", "rloo")
 DATA_SUFFIXES = (".parquet", ".jsonl")
 
 
-def _check_data_files(paths: list[str] | None) -> None:
+def check_data_files(paths: list[str] | None) -> None:
+    """Raise UsageError unless every one of the files is there and of a kind that is read."""
     for path in paths or []:
         if Path(path).suffix not in DATA_SUFFIXES:
             raise UsageError(f"--prompt-data {path}: must end in .parquet or .jsonl")
@@ -116,11 +119,48 @@ class ScheduleConfig(Group):
     """steps and phases"""
 
     train_iters: int = flag("steps; a step is one rollout batch", low=1)
-    internal_layer: int | None = flag("phase 1 trains the policy of this layer, from 1", None, low=1)
+    internal_layer: str | None = flag(
+        "phase 1 trains the policy of this layer, from 1; auto measures the first rollouts and chooses",
+        None,
+        metavar="L|auto",
+    )
     internal_steps: int = flag("steps of phase 1; 0 is plain GRPO", 0, low=0)
     internal_module: str = flag("which output of that layer", "layer", choices=INTERNAL_MODULES)
     policy_schedule: str | None = flag("the general form: SPECxN,... as in layer:6x30,full", None, metavar="TEXT")
     internal_policy_norm: str = flag("norm before an internal unembedding", "none", choices=("none", "final"))
+    internal_stop: list[str] | None = flag(
+        "end an internal phase when one is crossed: kl:X nats above, entropy:X nats away from, length:X times or 1/X "
+        "of, accuracy:X below where the phase began",
+        None,
+        metavar="NAME:X",
+    )
+
+    def check(self) -> None:
+        super().check()
+        layer = self.internal_layer
+        if layer is not None and layer != AUTO and not (layer.isascii() and layer.isdigit() and int(layer) > 0):
+            raise UsageError(f"--internal-layer {layer}: must be the number of a layer, from 1, or {AUTO}")
+        if layer == AUTO and self.internal_steps == 0:
+            raise UsageError(f"--internal-layer {AUTO}: chooses the layer of phase 1; give --internal-steps as well")
+        names = [bound.name for bound in self.stop_bounds]
+        if len(set(names)) < len(names):
+            raise UsageError(f"--internal-stop {' '.join(self.internal_stop or [])}: give each name once")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the layer of phase 1 is still to be chosen."""
+        return self.internal_layer == AUTO
+
+    @property
+    def layer(self) -> int | None:
+        """The layer of phase 1, once it is known."""
+        assert not self.is_auto, "the layer is not chosen yet"
+        return None if self.internal_layer is None else int(self.internal_layer)
+
+    @property
+    def stop_bounds(self) -> list[StopBound]:
+        """When an internal phase is to end early."""
+        return [StopBound.parse(text) for text in self.internal_stop or []]
 
 
 @dataclass(frozen=True)
@@ -159,7 +199,7 @@ class DataConfig(Group):
 
     def check(self) -> None:
         super().check()
-        _check_data_files(self.prompt_data)
+        check_data_files(self.prompt_data)
         if self.reward != "math":
             file, colon, function = self.reward.rpartition(":")
             if not colon or not file.endswith(".py") or not function.isidentifier():
@@ -196,6 +236,7 @@ class BatchConfig(Group):
 
     global_batch_size: int | None = flag("responses per optimizer step (default: the whole step)", None, low=1)
     max_tokens_per_micro_batch: int = flag("responses are packed to this; a longer one travels alone", 16384, low=1)
+    entropy_flow_responses: int = flag("responses whose entropy flow is measured", 16, low=1)
     monitor_responses: int = flag("responses whose full policy is watched in an internal phase; 0 = off", 64, low=0)
 
 
@@ -210,6 +251,7 @@ class RunConfig(Group):
     load: str | None = flag("go on from a run's folder, or start from a converted checkpoint", None, metavar="DIR")
     allow_changed_run: bool = flag("go on under --load although data, model, schedule or seed changed", False)
     tensorboard_dir: str | None = flag("TensorBoard's files (default: under --save)", None, metavar="DIR")
+    entropy_flow_interval: int | None = flag("steps between measurements of the entropy flow", None, low=1)
     seed: int = flag("of the run: order of prompts, sampling", 1234, low=0, below=2**32)
     dry_run: bool = flag("print the resolved run and exit", False)
 
@@ -252,6 +294,7 @@ class TrainConfig(Group):
         check_folder("save_rollouts", self.rollout.save_rollouts, taken=taken)
         self._check_source()
         self._check_sizes()
+        self._check_stop()
 
     def _check_source(self) -> None:
         prompts, replay = self.data.prompt_data, self.rollout.load_rollouts
@@ -285,45 +328,14 @@ class TrainConfig(Group):
         if warmup > steps:
             raise UsageError(f"--lr-warmup-iters {warmup}: must be at most --train-iters {steps}")
 
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig(Group):
-    """score"""
-
-    model: ModelConfig
-    parallel: ParallelConfig
-    rollouts: str = flag("the responses, one record a line", metavar="FILE")
-    output: str = flag("written: log-probs and entropies, one line a record", metavar="FILE")
-    policy: str = flag("full, layer:L, attn:L or ffn:L, the last three also with @norm", "full", metavar="SPEC")
-    rollout_temperature: float = same_flag(RolloutConfig, "rollout_temperature")
-    max_tokens_per_micro_batch: int = same_flag(BatchConfig, "max_tokens_per_micro_batch")
-
-    def check(self) -> None:
-        super().check()
-        PolicySpec.parse(self.policy)
-        check_file("rollouts", self.rollouts)
-        check_output("output", self.output)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Group):
-    """generate"""
-
-    model: ModelConfig
-    prompt_data: list[str] = flag("parquet or jsonl files with prompts", metavar="FILE")
-    output: str = flag("written: rollout records with their text", metavar="FILE")
-    policy: str = same_flag(ScoreConfig, "policy")
-    num_prompts: int | None = flag("only the first prompts of the data (default: all)", None, low=1)
-    n_samples_per_prompt: int = same_flag(RolloutConfig, "n_samples_per_prompt", default=1)
-    rollout_max_prompt_len: int = same_flag(DataConfig, "rollout_max_prompt_len")
-    rollout_max_response_len: int = same_flag(RolloutConfig, "rollout_max_response_len")
-    rollout_temperature: float = same_flag(RolloutConfig, "rollout_temperature")
-    rollout_top_p: float = same_flag(RolloutConfig, "rollout_top_p")
-    rollout_micro_batch_size: int = same_flag(RolloutConfig, "rollout_micro_batch_size")
-    seed: int = same_flag(RunConfig, "seed")
-
-    def check(self) -> None:
-        super().check()
-        PolicySpec.parse(self.policy)
-        _check_data_files(self.prompt_data)
-        check_output("output", self.output)
+    def _check_stop(self) -> None:
+        """Whether a --policy-schedule has a phase to end is seen when it is read."""
+        schedule = self.schedule
+        if schedule.internal_stop and self.batch.monitor_responses == 0:
+            raise UsageError("--internal-stop with --monitor-responses 0: the watch is off; give 1 response or more")
+        without = schedule.policy_schedule is None and not 0 < schedule.internal_steps < schedule.train_iters
+        if schedule.internal_stop and without:
+            raise UsageError(
+                f"--internal-stop with --internal-steps {schedule.internal_steps}: there must be an internal phase and "
+                f"full steps after it; give 1 step or more, and fewer than --train-iters {schedule.train_iters}"
+            )

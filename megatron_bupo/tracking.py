@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_bupo import __version__
 from megatron_bupo.config import TrainConfig
+from megatron_bupo.files import new_file
 from megatron_bupo.training.run_state import RunIdentity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 _LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify")
@@ -39,12 +43,11 @@ class Tracker:
         """SAVE/run.json, written beside and renamed."""
         if self._folder is None:
             return
-        beside = self._folder / ".run.json.part"
-        beside.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self._folder / "run.json")
+        with new_file(self._folder / "run.json") as beside:
+            beside.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
     def log(self, metrics: Metrics) -> None:
-        """One step: a line of metrics.jsonl, and its numbers in TensorBoard (a list as its mean)."""
+        """One step: a line of metrics.jsonl, and its numbers and texts in TensorBoard (a list as its mean)."""
         if self._folder is not None:
             with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -54,20 +57,40 @@ class Tracker:
         for name, value in metrics.items():
             if isinstance(value, list):
                 value = sum(value) / len(value)
-            if isinstance(value, int | float) and name != "step":
+            if isinstance(value, str):
+                self._board.add_text(name, value, step)
+            elif isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, step)
-        self._board.add_text("phase", metrics["phase"], step)
         self._board.flush()
+
+    def log_numbers(self, numbers: Mapping[str, float], step: int) -> None:
+        """Numbers that only TensorBoard has."""
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+
+    def log_figures(self, figures: Iterable[tuple[str, Figure]], step: int) -> None:
+        """Figures by name; none is drawn without TensorBoard."""
+        if self._board is not None:
+            for name, figure in figures:
+                self._board.add_figure(name, figure, step)
+            self._board.flush()
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
 
 
-def describe_run(config: TrainConfig, phases: str, identity: RunIdentity, changes: tuple[str, ...]) -> dict[str, Any]:
+def describe_run(
+    config: TrainConfig,
+    phases: str,
+    identity: RunIdentity,
+    changes: tuple[str, ...],
+    chosen_layer: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The content of run.json: what it takes to run it again, and to see that it is the same run.
 
-    `changes` is what a resumed run was told to go on with.
+    `changes` is what a resumed run was told to go on with, `chosen_layer` what --internal-layer auto chose, and why.
     """
     return {
         "schema": SCHEMA,
@@ -78,6 +101,7 @@ def describe_run(config: TrainConfig, phases: str, identity: RunIdentity, change
         "model": identity.model,
         "data": identity.data or list(identity.replay),
         "changes": list(changes),
+        **({"internal_layer": chosen_layer} if chosen_layer is not None else {}),
     }
 
 

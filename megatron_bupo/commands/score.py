@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_bupo.config import ScoreConfig
+from megatron_bupo.command_config import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
 from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import parallel_state

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from megatron_bupo.analysis.flow_file import EntropyFlow
+from megatron_bupo.commands.auto_layer import check_auto, choose_layer, describe_choice, flow_of_choice
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
@@ -16,9 +20,9 @@ from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_si
 from megatron_bupo.rewards.runner import RewardFunction, RewardRunner
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.engine import SamplingParams, stop_token_ids
-from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSource
+from megatron_bupo.rollout.source import EmbeddedGeneration, FirstStepKept, Replay, RolloutSource
 from megatron_bupo.tracking import Tracker, describe_run, fingerprint
-from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start
+from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start, layer_so_far
 from megatron_bupo.weights.checkpoint_tree import HF
 from megatron_bupo.weights.hf_files import HFWeights, write_hf_folder
 from megatron_bupo.weights.table import table_for
@@ -32,7 +36,9 @@ def run(config: TrainConfig) -> None:
     """
     arch = Architecture.from_hf(config.model.hf_model)
     check_layout(arch, config.parallel)
-    schedule = _schedule(config)
+    layer = layer_so_far(config.run) if config.schedule.is_auto else config.schedule.layer
+    is_open = config.schedule.is_auto and layer is None
+    schedule = _schedule(config, 1 if is_open else layer)  # for the checks any layer will do
     schedule.check(arch.num_layers)
     weights = HFWeights(config.model.hf_model)
     weights.check(table_for(arch))
@@ -40,26 +46,61 @@ def run(config: TrainConfig) -> None:
     prompts = _check_data(config, arch)
     identity = _identity(config, schedule, prompts)
     start = find_start(config.run, identity)
+    if is_open:
+        check_auto(config, arch, start)
+    for step in start.ended:
+        schedule = schedule.ended_before(step)
     if config.run.dry_run:
         if os.environ.get("RANK", "0") == "0":
             from megatron_bupo.training.plan import describe_plan
 
-            print(describe_plan(config, arch, schedule, world_size_from_environment(), start.done))
+            phases = schedule.describe()
+            phases = phases.replace(":1", ":auto") if is_open else phases
+            print(describe_plan(config, arch, phases, world_size_from_environment(), start.done))
         return
-    with parallel_state(config.parallel, config.run.seed) as state:
-        _train(config, arch, schedule, weights, prompts, state, identity, start)
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    with (
+        parallel_state(config.parallel, config.run.seed) as state,
+        closing(_source(config, prompts, state, dtype)) as source,
+    ):
+        run = _Run(config, arch, weights, dtype, schedule, identity, start)
+        if is_open:
+            kept = FirstStepKept(source)
+            flow = choose_layer(config, arch, weights, start.converted, kept, state, dtype)
+            schedule = _schedule(config, flow.suggested_layer)
+            run = replace(run, schedule=schedule, identity=_identity(config, schedule, prompts), flow=flow)
+            _train(run, kept, state)
+        else:
+            _train(run, source, state)
 
 
-def _schedule(config: TrainConfig) -> PolicySchedule:
+@dataclass(frozen=True)
+class _Run:
+    """What is known of a run before its model is built; `flow` is what `auto` chose the layer from."""
+
+    config: TrainConfig
+    arch: Architecture
+    weights: HFWeights
+    dtype: torch.dtype
+    schedule: PolicySchedule
+    identity: RunIdentity
+    start: Start
+    flow: EntropyFlow | None = None
+
+
+def _schedule(config: TrainConfig, layer: int | None) -> PolicySchedule:
     flags = config.schedule
-    return PolicySchedule.from_flags(
+    schedule = PolicySchedule.from_flags(
         train_iters=flags.train_iters,
-        internal_layer=flags.internal_layer,
+        internal_layer=layer,
         internal_steps=flags.internal_steps,
         internal_module=flags.internal_module,
         internal_policy_norm=flags.internal_policy_norm,
         policy_schedule=flags.policy_schedule,
     )
+    if flags.internal_stop:
+        schedule.check_stop()
+    return schedule
 
 
 def _check_export(config: TrainConfig) -> None:
@@ -146,54 +187,66 @@ def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet 
     )
 
 
-def _train(
-    config: TrainConfig,
-    arch: Architecture,
-    schedule: PolicySchedule,
-    weights: HFWeights,
-    prompts: PromptSet | None,
-    state: ParallelState,
-    identity: RunIdentity,
-    start: Start,
-) -> None:
+def _track(run: _Run, state: ParallelState) -> Tracker | None:
+    """The tracker of the first rank, with what is known of the run written down."""
+    if state.rank > 0:
+        return None
+    flags, flow = run.config.run, run.flow
+    if flags.save:
+        cut_metrics(Path(flags.save), run.start.done)
+    tracker = Tracker(flags.save, flags.tensorboard_dir, run.start.done)
+    if flow is not None:
+        from megatron_bupo.analysis.flow_log import log_flow
+
+        print(
+            f"internal layer {flow.suggested_layer}, chosen on {flow.num_tokens} tokens: {flow.selection['reasons'][1]}"
+        )
+        log_flow(tracker, flags.save, 1, flow)
+    elif run.config.schedule.is_auto:
+        flow = flow_of_choice(flags)
+    choice = None if flow is None else describe_choice(flow)
+    tracker.write_run(describe_run(run.config, run.schedule.describe(), run.identity, run.start.changes, choice))
+    return tracker
+
+
+def _train(run: _Run, source: RolloutSource, state: ParallelState) -> None:
     # These import megatron-core, which is quiet about what it misses only when parallel_state has imported it.
     from megatron_bupo.training.actor import Actor
     from megatron_bupo.training.checkpoint import load_checkpoint, save_checkpoint
     from megatron_bupo.training.trainer import Trainer
 
-    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-    specs = schedule.specs
-    actor = Actor(arch, weights, config.parallel, config.optimizer, state, dtype, specs, start.converted)
-    source = _source(config, prompts, state, dtype)
-    tracker = None
-    if state.rank == 0:
-        if config.run.save:
-            cut_metrics(Path(config.run.save), start.done)
-        tracker = Tracker(config.run.save, config.run.tensorboard_dir, start.done)
-        tracker.write_run(describe_run(config, schedule.describe(), identity, start.changes))
-    trainer = Trainer(config, schedule, actor, source, state, tracker)
+    config, start, flags = run.config, run.start, run.config.run
+    specs = run.schedule.specs
+    actor = Actor(run.arch, run.weights, config.parallel, config.optimizer, state, run.dtype, specs, start.converted)
+    tracker = _track(run, state)
+    trainer = Trainer(config, run.schedule, actor, source, state, tracker, start.ended, start.watch)
     if start.folder is not None and start.state is not None:
         load_checkpoint(actor, start.folder, start.state)
         if tracker is not None:
             print(f"{start.folder}: going on after step {start.done}")
 
     def save(step: int) -> None:
-        assert config.run.save is not None
-        folder, hf_model = Path(config.run.save), Path(config.model.hf_model)
-        run_state = RunState(step, identity, {}, str(start.converted.resolve()) if start.converted else None)
-        save_checkpoint(actor, folder, run_state, hf_model, config.run.keep)
+        assert flags.save is not None
+        folder = Path(flags.save)
+        converted = str(start.converted.resolve()) if start.converted else None
+        watch = trainer.watch
+        if watch is not None and state.rank == 0:
+            watch.write(folder)
+        phase_start = watch.first if watch is not None else None
+        run_state = RunState(step, run.identity, {}, converted, trainer.ended, phase_start)
+        save_checkpoint(actor, folder, run_state, Path(config.model.hf_model), flags.keep)
 
     try:
-        if config.run.load is not None:  # the engine has the model's weights, not the checkpoint's
+        if flags.load is not None:  # the engine has the model's weights, not the checkpoint's
             source.update_weights(actor.hf_tensors(), version=str(start.done))
-        trainer.run(start.done, save if config.run.save_interval else None)
+        trainer.run(start.done, save if flags.save_interval else None)
     finally:
         source.close()
         if tracker is not None:
             tracker.close()
-    if config.run.save_hf:
+    if flags.save_hf:
         if state.rank == 0:
-            write_hf_folder(actor.hf_tensors(), config.model.hf_model, config.run.save_hf, dtype)
+            write_hf_folder(actor.hf_tensors(), config.model.hf_model, flags.save_hf, run.dtype)
         else:
             for _ in actor.hf_tensors():  # every rank takes part in gathering them
                 continue

@@ -9,21 +9,18 @@ from pathlib import Path
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.flags import Group, flag_name
 from megatron_bupo.model.architecture import Architecture
-from megatron_bupo.rl.schedule import PolicySchedule
 
 _GB = 1e9
 
 
-def describe_plan(
-    config: TrainConfig, arch: Architecture, schedule: PolicySchedule, world_size: int, done: int = 0
-) -> str:
+def describe_plan(config: TrainConfig, arch: Architecture, phases: str, world_size: int, done: int = 0) -> str:
     """Flags, phases, layout, memory and files, as text for a person; `done` steps were taken before."""
     return "\n".join(
         [
             "flags",
             *(f"  {line}" for line in _flags(config)),
             "phases",
-            f"  {schedule.describe()}" + (f"; going on after step {done}" if done else ""),
+            f"  {phases}" + (f"; going on after step {done}" if done else ""),
             "layout",
             f"  {_layout(config, arch, world_size)}",
             "memory on the fullest rank, estimated (GB = 10^9 bytes)",
@@ -116,6 +113,8 @@ def _files(config: TrainConfig) -> list[str]:
     if run.save and run.save_interval:
         files.append(f"{run.save}/iter_{run.save_interval:07d}/ ... (every {run.save_interval} steps and the last)")
         files += [str(Path(run.save) / name) for name in ("latest_checkpointed_iteration.txt", "hf/")]
+    if run.save and (run.entropy_flow_interval or config.schedule.is_auto):
+        files.append(f"{run.save}/entropy_flow/step_.../entropy_flow.json")
     board = run.tensorboard_dir or (str(Path(run.save) / "tensorboard") if run.save else None)
     if board:
         files.append(f"{board}/ (TensorBoard)")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_bupo.analysis.flow_log import flow_of_step, log_flow
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.batches import pack_for
 from megatron_bupo.data.packing import split_mini_batches
 from megatron_bupo.data.rollout_files import step_file, write_rollouts
+from megatron_bupo.evaluation import score_rollouts
 from megatron_bupo.parallel.reduce import reduce_everywhere
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
@@ -28,11 +31,14 @@ from megatron_bupo.training.metrics import (
     OBSERVED_MAXIMA,
     OBSERVED_SUMS,
     console_line,
+    full_policy_metrics,
     means,
     observe,
+    response_metrics,
     rollout_metrics,
     update_metrics,
 )
+from megatron_bupo.training.watch import PhaseNumbers, PhaseWatch
 
 FULL = PolicySpec()
 
@@ -58,6 +64,10 @@ class Trainer:
 
     The rollouts are the full policy's in every phase; the ratios are the trained policy's, both sides recomputed here
     (arXiv 2512.19673, section 4).
+
+    Args:
+        ended: steps before which a phase of the schedule was ended early already; `schedule` is without the rest of it.
+        watch: over the internal phase that the run is in.
     """
 
     def __init__(
@@ -68,9 +78,11 @@ class Trainer:
         source: RolloutSource,
         state: ParallelState,
         tracker: Tracker | None,
+        ended: tuple[int, ...] = (),
+        watch: PhaseWatch | None = None,
     ) -> None:
         self.config, self.schedule, self.actor, self.source, self.state = config, schedule, actor, source, state
-        self.tracker = tracker
+        self.tracker, self.ended, self.watch = tracker, ended, watch
         self.loss = loss_config(config)
         self.temperature = config.rollout.rollout_temperature
         self._reference = actor.snapshot() if self.loss.kl_loss_coef else None
@@ -85,6 +97,8 @@ class Trainer:
                 if self.tracker is not None:
                     self.tracker.log(metrics)
                     bar.write(console_line(metrics, last))
+                    if "internal_stop" in metrics:
+                        bar.write(f"the internal phase ended before step {step}: {metrics['internal_stop']}")
                 bar.update()
                 if save is not None and interval is not None and (step % interval == 0 or step == last):
                     save(step)
@@ -95,15 +109,15 @@ class Trainer:
         self._seconds = {}
         with self._timed("norms"):
             before = self.actor.norms.snapshot()
-        spec = self.schedule.at(step)
         batch = self.source.rollouts(step)
         if self.config.rollout.save_rollouts and self.state.rank == 0:
             write_rollouts(step_file(self.config.rollout.save_rollouts, step), batch.rollouts)
+        with self._timed("monitor"):
+            spec, watched = self._policy(step, batch.rollouts)
+        self._measure_flow(step, batch.rollouts)
         mini_batches = self._pack(batch.rollouts)
         with self._timed("old_logprobs"):
             scored = self._score_old(mini_batches, spec)
-        with self._timed("monitor"):
-            watched = scored if spec.is_full else self._watch_full_policy(batch.rollouts)
         lr = self._learning_rate(step)
         with self._timed("update"):
             updates = [self.actor.update(batches, spec, self.loss, lr, self.temperature) for batches in mini_batches]
@@ -119,10 +133,31 @@ class Trainer:
             **update_metrics(updates),
             "lr": lr,
             "entropy": scored["entropy"],
-            **({"entropy_full": watched["entropy"]} if watched else {}),
-            **{name: value for name, value in watched.items() if name.startswith("logprob_diff")},
+            **watched,
+            **(full_policy_metrics(scored) if spec.is_full else {}),
             **movement,
         }
+
+    def _policy(self, step: int, rollouts: list[Rollout]) -> tuple[PolicySpec, Metrics]:
+        """The policy that this step trains, and in an internal phase what is seen of the full one before the update."""
+        if self.schedule.at(step).is_full:
+            self.watch = None
+            return FULL, {}
+        watched = self._watch_full_policy(step, rollouts)
+        if "internal_stop" in watched:
+            self.schedule = self.schedule.ended_before(step)
+            self.ended, self.watch = (*self.ended, step), None
+        return self.schedule.at(step), watched
+
+    def _measure_flow(self, step: int, rollouts: list[Rollout]) -> None:
+        """Every --entropy-flow-interval steps, of the weights that wrote the rollouts."""
+        interval = self.config.run.entropy_flow_interval
+        if interval is None or step % interval:
+            return
+        with self._timed("entropy_flow"):
+            flow = flow_of_step(self.actor, rollouts, step, self.config)
+            if self.tracker is not None:
+                log_flow(self.tracker, self.config.run.save, step, flow)
 
     def _movement(self, before: list[Tensor]) -> Metrics:
         """How far the parameters went in this step, and how much of it bf16 hides from the engine."""
@@ -179,15 +214,40 @@ class Trainer:
             seen.append(observe(batch, output))
         return seen
 
-    def _watch_full_policy(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """In an internal phase: the full policy's entropy and distance to the engine, on the first responses."""
-        count = self.config.batch.monitor_responses
-        if count == 0:
+    def _watch_full_policy(self, step: int, rollouts: list[Rollout]) -> Metrics:
+        """On the first responses: the full policy's entropy, its distance to the engine and to the phase's start.
+
+        Every rank has the same numbers, and so the same reason to end the phase, if there is one.
+        """
+        sample = rollouts[: self.config.batch.monitor_responses]
+        if not sample:
             return {}
-        batches = pack_for(self.state, rollouts[:count], self.config.batch.max_tokens_per_micro_batch)
+        seen = self._full_policy(sample)
+        probe = self.watch.probe if self.watch is not None else self._probe(sample)
+        # No token of the probe may be trained: then nothing is compared.
+        kl_start = self._full_policy(probe).get("logprob_diff_k3", 0.0)
+        responses = response_metrics(rollouts)
+        now = PhaseNumbers(step, seen["entropy"], responses["response_len_mean"], responses["accuracy"], kl_start)
+        if self.watch is None:
+            self.watch = PhaseWatch(now, probe)
+        reason = self.watch.crossed(now, self.config.schedule.stop_bounds)
+        metrics = {**full_policy_metrics(seen), "kl_start": kl_start}
+        return metrics if reason is None else {**metrics, "internal_stop": reason}
+
+    def _full_policy(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """The full policy's entropy, and its distance to the log-probs that the responses came with."""
+        batches = pack_for(self.state, rollouts, self.config.batch.max_tokens_per_micro_batch)
         for batch in batches:
             self._add_engine_logprobs(batch, rollouts)
         return self._observed(self._score(batches, FULL, "full_logprobs"))
+
+    def _probe(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """The responses with the full policy's log-probs of now."""
+        max_tokens = self.config.batch.max_tokens_per_micro_batch
+        scores = score_rollouts(self.actor, rollouts, FULL, self.temperature, max_tokens)
+        return [
+            replace(rollout, rollout_logprobs=score.logprobs) for rollout, score in zip(rollouts, scores, strict=True)
+        ]
 
     def _observed(self, seen: list[dict[str, Tensor]]) -> dict[str, float]:
         return means(reduce_everywhere(self.state, seen, OBSERVED_SUMS, OBSERVED_MAXIMA))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bupo.cli import parse
-from megatron_bupo.config import ScoreConfig
+from megatron_bupo.command_config import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
 from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import parallel_state

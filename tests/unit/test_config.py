@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bupo.command_config import GenerateConfig, ScoreConfig
 from megatron_bupo.config import (
     AlgorithmConfig,
     BatchConfig,
     DataConfig,
-    GenerateConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
     RunConfig,
     ScheduleConfig,
-    ScoreConfig,
     TrainConfig,
     check_world,
 )
@@ -230,7 +229,7 @@ def test_score_and_generate(model: ModelConfig, tmp_path: Path) -> None:
     assert (generate.n_samples_per_prompt, generate.rollout_micro_batch_size, generate.num_prompts) == (1, 64, None)
     for config in (score, generate):
         with pytest.raises(UsageError, match="none of: full, layer:L"):
-            replace(config, policy="layer:0").check()
+            replace(config, policy="layer:0" if config is score else ["layer:0"]).check()
         with pytest.raises(UsageError, match="is a folder; give the name of a file"):
             replace(config, output=str(tmp_path)).check()
         with pytest.raises(UsageError, match="is a file, not a folder"):

@@ -288,7 +288,7 @@ def test_the_plan_names_flags_phases_layout_and_files(model: Path, tmp_path: Pat
     flags += ["--save", str(tmp_path / "run"), "--save-hf", str(tmp_path / "hf")]
     config = train_config(model, *flags)
     schedule = PolicySchedule.parse("layer:2x2,full", 3)
-    plan = describe_plan(config, Architecture.from_hf(model), schedule, world_size=8).splitlines()
+    plan = describe_plan(config, Architecture.from_hf(model), schedule.describe(), world_size=8).splitlines()
     assert "  --policy-schedule layer:2x2,full" in plan
     assert "  --lr 1e-06" in plan
     assert "  --sequence-parallel True" in plan
@@ -307,5 +307,7 @@ def test_the_plan_names_flags_phases_layout_and_files(model: Path, tmp_path: Pat
 
 
 def test_a_plan_that_keeps_nothing_says_so(model: Path) -> None:
-    plan = describe_plan(train_config(model), Architecture.from_hf(model), PolicySchedule.parse("full", 3), 1)
+    plan = describe_plan(
+        train_config(model), Architecture.from_hf(model), PolicySchedule.parse("full", 3).describe(), 1
+    )
     assert plan.splitlines()[-1] == "  none: give --save DIR to keep the run"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 PREFIX = "megatron-bupo: error: "
 WEIGHTS = "model.safetensors"
-COMMANDS = ("train", "replay", "score", "generate")
+COMMANDS = ("train", "replay", "score", "generate", "entropy-flow")
 GOOD_ROW = '{"prompt": "w2 w3", "answer": 1}\n'
 
 
@@ -20,6 +20,9 @@ def words_of(command: str, case: Path, *flags: str) -> list[str]:
     if command == "score":
         files = ["--rollouts", str(case / "rollouts" / "step_000001.jsonl"), "--output", str(case / "out" / "scores")]
         return ["score", *model, *files, *flags]
+    if command == "entropy-flow":
+        files = ["--rollouts", str(case / "rollouts" / "step_000001.jsonl"), "--output", str(case / "out" / "flow")]
+        return ["entropy-flow", *model, *files, *flags]
     if command == "generate":
         files = ["--prompt-data", str(case / "prompts.jsonl"), "--output", str(case / "out" / "generated")]
         return ["generate", *model, *files, "--rollout-max-response-len", "4", *flags]

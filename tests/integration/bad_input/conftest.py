@@ -41,14 +41,12 @@ def case(good: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def refused(case: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command in this process, where it may start no process group; the one line that it ends with."""
-    import megatron_bupo.commands.generate
-    import megatron_bupo.commands.score
-    import megatron_bupo.commands.train
+    from megatron_bupo.commands import entropy_flow, generate, score, train
 
     def start(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("bad input got as far as the process group")
 
-    for module in (megatron_bupo.commands.generate, megatron_bupo.commands.score, megatron_bupo.commands.train):
+    for module in (entropy_flow, generate, score, train):
         monkeypatch.setattr(module, "parallel_state", start)
 
     def run(command: str, *flags: str, out_exists: bool = False) -> str:

@@ -28,7 +28,7 @@ BAD_PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("command", ["train", "generate"])  # entropy-flow reads prompts as generate does
 @pytest.mark.parametrize("bad", BAD_PROMPTS)
 def test_prompt_data(bad: str, command: str, case: Path, refused: Callable[..., str]) -> None:
     text, expected = BAD_PROMPTS[bad]
@@ -71,12 +71,26 @@ BAD_ROLLOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["replay", "score"])
+@pytest.mark.parametrize("command", ["replay", "score", "entropy-flow"])
 @pytest.mark.parametrize("bad", BAD_ROLLOUTS)
 def test_rollout_files(bad: str, command: str, case: Path, refused: Callable[..., str]) -> None:
     break_file, expected = BAD_ROLLOUTS[bad]
     break_file(case / "rollouts" / "step_000001.jsonl")
     assert expected in refused(command)
+
+
+def test_rollouts_without_a_flow(case: Path, refused: Callable[..., str]) -> None:
+    assert "--heatmap-response 5: there are responses 1 to 4" in refused("entropy-flow", "--heatmap-response", "5")
+    file = case / "rollouts" / "step_000001.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    unwritten = [record | {"response_mask": [0] * len(record["response_tokens"])} for record in records]
+    file.write_text("".join(json.dumps(record) + "\n" for record in [unwritten[0], *records[1:]]))
+    assert "--heatmap-response 1: the policy wrote no token of it" in refused("entropy-flow")
+    file.write_text("".join(json.dumps(record) + "\n" for record in unwritten))
+    assert "step_000001.jsonl: no response tokens that the policy wrote" in refused("entropy-flow")
+    one = unwritten[0] | {"response_mask": [1, *unwritten[0]["response_mask"][1:]]}
+    file.write_text(json.dumps(one) + "\n")
+    assert "a single response token that the policy wrote" in refused("entropy-flow")
 
 
 def test_replays_that_cannot_run_to_their_end(case: Path, refused: Callable[..., str]) -> None:

@@ -35,7 +35,7 @@ def test_nan_in_one_stage_ends_every_rank_in_one_line(case: Path) -> None:
     assert not (case / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["score", "generate"])
+@pytest.mark.parametrize("command", ["score", "generate", "entropy-flow"])
 def test_nan_in_one_process(command: str, case: Path) -> None:
     put_nan(case / "model")
     result = run_alone(words_of(command, case))

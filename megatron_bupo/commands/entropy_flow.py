@@ -1,0 +1,95 @@
+"""`entropy-flow`: the entropy of every internal policy along the layers, in numbers and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_bupo.analysis.flow_file import EntropyFlow, check_measurable, write_flow
+from megatron_bupo.analysis.flow_plots import draw_flows
+from megatron_bupo.command_config import EntropyFlowConfig
+from megatron_bupo.commands.prompting import Prompting
+from megatron_bupo.data.prompts import has_tokenizer, load_tokenizer
+from megatron_bupo.data.rollout_files import read_rollouts, write_rollouts
+from megatron_bupo.errors import UsageError
+from megatron_bupo.model.architecture import Architecture, check_layout
+from megatron_bupo.parallel.setup import ParallelState, parallel_state
+from megatron_bupo.samples import Rollout
+from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.table import table_for
+
+
+def run(config: EntropyFlowConfig) -> None:
+    """Check everything that can be checked; then answer the prompts, if there are only those, and measure."""
+    folder = config.model.hf_model
+    arch = Architecture.from_hf(folder)
+    check_layout(arch, config.parallel)
+    if arch.num_layers < 2:
+        raise UsageError(f"--hf-model {folder}: the model has 1 layer; a flow from layer to layer needs 2 or more")
+    weights = HFWeights(folder)
+    weights.check(table_for(arch))
+    prompting = Prompting.read(config, arch) if config.rollouts is None else None
+    rollouts = None if config.rollouts is None else read_rollouts(config.rollouts, arch.vocab_size)
+    if rollouts is not None:
+        check_measurable(rollouts, str(config.rollouts))
+    _check_heatmap(config.heatmap_response, len(prompting.requests) if prompting else 0, rollouts)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    with parallel_state(config.parallel, config.seed) as state:
+        from megatron_bupo.analysis.entropy_flow import measure
+        from megatron_bupo.model.parallel_model import ParallelModel
+
+        dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+        if rollouts is None:
+            assert prompting is not None
+            rollouts = _answer(config, prompting, state, dtype)
+        measured = measure(
+            ParallelModel(arch, weights, config.parallel, state, dtype),
+            rollouts,
+            config.max_tokens_per_micro_batch,
+            final_norm=config.final_norm,
+            per_token=config.per_token,
+            heatmap=config.heatmap_response,
+            progress=True,
+        )
+        if state.rank == 0:
+            output = Path(config.output)
+            heatmap = measured.heatmap(config.heatmap_response, tokenizer)
+            flow = measured.summary(Path(folder).resolve().name, heatmap)
+            written = [write_flow(output, flow), *draw_flows({flow.model: flow}, output)]
+            if config.per_token and measured.tokens is not None:
+                written.append(output / "entropy_flow.npz")
+                measured.tokens.write(written[-1])
+            _report(flow, written)
+
+
+def _check_heatmap(number: int, num_requests: int, rollouts: list[Rollout] | None) -> None:
+    count = num_requests if rollouts is None else len(rollouts)
+    if number > count:
+        raise UsageError(f"--heatmap-response {number}: there are responses 1 to {count}")
+    if rollouts is not None and not any(rollouts[number - 1].mask):
+        raise UsageError(f"--heatmap-response {number}: the policy wrote no token of it; choose another response")
+
+
+def _answer(config: EntropyFlowConfig, prompting: Prompting, state: ParallelState, dtype: torch.dtype) -> list[Rollout]:
+    """The full policy's responses, on every rank; OUTPUT/rollouts.jsonl keeps them for another measurement."""
+    from megatron_bupo.rollout.local import LocalEngine
+    from megatron_bupo.rollout.source import generate_shared, to_rollouts
+
+    batch_size = config.rollout_micro_batch_size
+    engine = LocalEngine(config.model.hf_model, dtype, state.device, max_batch_size=batch_size)
+    generations = generate_shared(engine, prompting.requests, prompting.params, state)
+    engine.close()
+    rollouts = to_rollouts(prompting.requests, generations, config.n_samples_per_prompt, prompting.tokenizer)
+    if state.rank == 0:
+        write_rollouts(Path(config.output) / "rollouts.jsonl", rollouts)
+    return rollouts
+
+
+def _report(flow: EntropyFlow, written: list[Path]) -> None:
+    print(f"{flow.model}: {flow.num_tokens} tokens of {flow.num_responses} responses, {len(flow.layers)} layers")
+    stages = [f"{name} {f'{span[0]}-{span[1]}' if span else 'none'}" for name, span in flow.stages.items()]
+    print(f"stages: {', '.join(stages)}; {flow.selection['stability']}")
+    print(f"suggested layer: {flow.suggested_layer or 'none'}; megatron-bupo select-layer --flow {written[0]} says why")
+    for path in written:
+        print(f"  {path}")

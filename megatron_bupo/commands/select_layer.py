@@ -1,0 +1,61 @@
+"""`select-layer`: the suggested internal layer of a measured entropy flow, with its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_bupo.analysis.flow_file import EntropyFlow, read_flow
+from megatron_bupo.analysis.stages import Selection, select_layer
+from megatron_bupo.command_config import SelectLayerConfig
+
+
+def run(config: SelectLayerConfig) -> None:
+    """Print the suggestion with its evidence; that nothing is suggested is an answer too."""
+    flow = read_flow(config.flow)
+    selection = select_layer(flow.column("d_ffn"), flow.column("resid"), flow.final_entropy)
+    print("\n".join(_report(flow, selection)))
+
+
+def _report(flow: EntropyFlow, selection: Selection) -> Iterator[str]:
+    """The lines to print."""
+    evidence, suggested = selection.evidence, selection.suggested_layer
+    yield f"{flow.model}: {len(flow.layers)} layers, {flow.num_tokens} tokens of {flow.num_responses} responses"
+    if suggested is None:
+        yield "suggested layer: none"
+    else:
+        yield f"suggested layer: {suggested}, to train it: --internal-layer {suggested}"
+    yield ""
+    yield from evidence["reasons"]
+    yield f"stages {_stability(flow, selection)}"
+    yield ""
+    yield f"{'stage':<12}  {'layers':>7}  {'mean d_ffn':>10}      squared error {evidence['squared_error']:.4g}"
+    for stage, span in selection.stages.items():
+        if span is None:
+            yield f"{stage:<12}  {'none':>7}"
+        else:
+            yield f"{stage:<12}  {_layers(span):>7}  {evidence['mean_d_ffn'][stage]:>+10.3f}"
+    yield ""
+    yield from _table(flow, selection)
+
+
+def _table(flow: EntropyFlow, selection: Selection) -> Iterator[str]:
+    """One line a layer: what the choice was made from."""
+    marks = {layer: stage for stage, span in selection.stages.items() if span for layer in range(span[0], span[1] + 1)}
+    yield f"{'layer':>5}  {'resid':>8}  {'d_ffn':>8}  {'se':>7}  stage"
+    for numbers in flow.layers:
+        layer = int(numbers["layer"])
+        chosen = "  <- suggested" if layer == selection.suggested_layer else ""
+        values = f"{numbers['resid']:>8.3f}  {numbers['d_ffn']:>+8.3f}  {numbers['se_d_ffn']:>7.4f}"
+        yield f"{layer:>5}  {values}  {marks[layer]}{chosen}"
+    yield f" full  {flow.final_entropy:>8.3f}"
+
+
+def _stability(flow: EntropyFlow, selection: Selection) -> str:
+    """What the bootstrap said when the flow was measured: the file has no numbers of single responses to repeat it."""
+    judged = flow.stages == selection.stages and "stability" in flow.selection
+    return str((flow.selection if judged else selection.evidence)["stability"])
+
+
+def _layers(span: list[int]) -> str:
+    first, last = span
+    return f"{first}-{last}" if first < last else f"{first}"

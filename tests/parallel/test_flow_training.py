@@ -1,0 +1,106 @@
+"""The entropy flow in training: `--internal-layer auto` and `--entropy-flow-interval`, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_bupo.analysis.plots import read_metrics
+from megatron_bupo.data.rollout_files import read_rollouts, step_file, write_rollouts
+from tests.parallel.flow_reference import reference_flow, summarise
+from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
+from tests.parallel.references import NUM_LAYERS, configs, random_rollouts, write_model
+
+STEPS, SAMPLE = 4, 3
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rollouts to replay, and a model whose FFNs raise the entropy in layers 1 and 2 and lower it in 3 and 4."""
+    folder = tmp_path_factory.mktemp("flow_training")
+    model: Any = write_model(configs()["qwen3-untied"], folder / "model")
+    model.lm_head.weight.data.mul_(10)
+    for layer in model.model.layers[2:]:
+        layer.mlp.down_proj.weight.data.mul_(30)
+    model.save_pretrained(folder / "model")
+    for step in range(1, STEPS + 1):
+        write_rollouts(step_file(folder / "rollouts", step), random_rollouts(8, seed=step, longest=20))
+    sample = [read_rollouts(step_file(folder / "rollouts", 1))[index] for index in (0, 2, 5)]  # 3 of 8, spread
+    torch.save(summarise(reference_flow(model, sample))[0], folder / "means.pt")
+    return folder
+
+
+def train(case: Path, layout: str, run: Path, *flags: str) -> str:
+    processes, layout_flags = LAYOUTS[layout]
+    words = ["--hf-model", str(case / "model"), "--load-rollouts", str(case / "rollouts"), "--save", str(run)]
+    words += ["--rollout-batch-size", "4", "--n-samples-per-prompt", "2", "--lr", "0.01"]
+    words += ["--entropy-flow-responses", str(SAMPLE), "--internal-steps", "2", *layout_flags, *flags]
+    result = torchrun(processes, "-m", "megatron_bupo", "train", *words)
+    assert_passed(result)
+    return result.stdout
+
+
+def losses(run: Path) -> list[Any]:
+    return [(step["phase"], step["loss"], step["grad_norm"]) for step in read_metrics(run)]
+
+
+@pytest.mark.parametrize("layout", ["TP1", "PP2xVPP2"])
+def test_auto_trains_the_layer_that_the_first_rollouts_suggest(layout: str, case: Path, tmp_path: Path) -> None:
+    chosen, explicit = tmp_path / "chosen", tmp_path / "explicit"
+    printed = train(case, layout, chosen, "--internal-layer", "auto", "--train-iters", str(STEPS))
+    expected = torch.load(case / "means.pt", weights_only=True)
+    assert (expected["d_ffn"] > 0).tolist() == [True, True, False, False]
+    assert "internal layer 2, chosen on" in printed
+    record = json.loads((chosen / "run.json").read_text())
+    assert record["internal_layer"]["layer"] == 2
+    assert record["internal_layer"]["stages"]["exploration"] == [1, 2]
+    assert record["internal_layer"]["num_responses"] == SAMPLE
+    assert record["flags"]["schedule"]["internal_layer"] == "auto"
+    flow = json.loads((chosen / "entropy_flow" / "step_000001" / "entropy_flow.json").read_text())
+    for name in ("resid", "d_ffn", "kl_full"):
+        measured = torch.tensor([layer[name] for layer in flow["layers"]], dtype=torch.float64)
+        assert (measured - expected[name]).abs().max() < 1e-4, name
+    train(case, layout, explicit, "--internal-layer", "2", "--train-iters", str(STEPS))
+    assert [phase for phase, *_ in losses(chosen)] == ["layer:2"] * 2 + ["full"] * 2
+    assert losses(chosen) == losses(explicit)
+
+
+def test_a_resumed_run_keeps_the_layer_that_was_chosen(case: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ["--internal-layer", "auto", "--save-interval", "1"]
+    train(case, "TP1", whole, *flags, "--train-iters", str(STEPS))
+    train(case, "TP1", parts, *flags, "--train-iters", "2", "--load", str(parts))
+    evidence = json.loads((parts / "run.json").read_text())["internal_layer"]
+    # Other responses would be measured now: the choice is not made again.
+    more = ["--entropy-flow-responses", "1", "--train-iters", str(STEPS), "--load", str(parts)]
+    printed = train(case, "TP1", parts, *flags, *more)
+    assert "going on after step 2" in printed and "chosen on" not in printed
+    assert losses(parts) == losses(whole)
+    assert json.loads((parts / "run.json").read_text())["internal_layer"] == evidence
+
+
+def test_the_flow_is_measured_at_its_interval(case: Path, tmp_path: Path) -> None:
+    flags = ["--internal-layer", "1", "--train-iters", str(STEPS)]
+    train(case, "DP2", tmp_path / "run", *flags, "--entropy-flow-interval", "2")
+    train(case, "DP2", tmp_path / "without", *flags)
+    assert losses(tmp_path / "run") == losses(tmp_path / "without")  # measuring changes nothing
+    kept = sorted(path.parent.name for path in (tmp_path / "run").glob("entropy_flow/*/entropy_flow.json"))
+    assert kept == ["step_000002", "step_000004"]
+    assert not (tmp_path / "without" / "entropy_flow").exists()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    figures = {f"entropy_flow/{name}" for name in ("entropy_flow", "entropy_change", "residual_cosine", "agreement")}
+    assert figures <= set(events.Tags()["images"])
+    for layer in range(1, NUM_LAYERS + 1):
+        scalars = events.Scalars(f"entropy_flow_d_ffn/layer_{layer}")
+        assert [scalar.step for scalar in scalars] == [2, 4]
+        for scalar in scalars:
+            path = tmp_path / "run" / "entropy_flow" / f"step_{scalar.step:06d}" / "entropy_flow.json"
+            stored = json.loads(path.read_text())["layers"][layer - 1]["d_ffn"]
+            assert scalar.value == pytest.approx(stored, rel=1e-6)
+    assert all("time/entropy_flow" in step for step in read_metrics(tmp_path / "run") if step["step"] % 2 == 0)
