@@ -133,14 +133,34 @@ def read_flow(path: str | Path) -> EntropyFlow:
 
 
 def _check(flow: EntropyFlow) -> None:
-    """Raise ValueError or KeyError for numbers that are missing or are none."""
-    if len(flow.layers) < 2:
-        raise ValueError(f"{len(flow.layers)} layer(s), a flow has 2 or more")
-    if [layer["layer"] for layer in flow.layers] != list(range(1, len(flow.layers) + 1)):
+    """Raise ValueError, TypeError or KeyError for what is missing, is no number or does not fit."""
+    num_layers = len(flow.layers)
+    if num_layers < 2:
+        raise ValueError(f"{num_layers} layer(s), a flow has 2 or more")
+    if [layer["layer"] for layer in flow.layers] != list(range(1, num_layers + 1)):
         raise ValueError("the layers are not 1, 2, 3, ...")
     for layer in flow.layers:
-        for name in METRICS:
-            if not (math.isfinite(layer[name]) and math.isfinite(layer[f"se_{name}"])):
-                raise ValueError(f"{name} of layer {layer['layer']} is {layer[name]}")
+        where = f"of layer {layer['layer']}"
+        _check_finite({f"{name} {where}": layer[name] for metric in METRICS for name in (metric, f"se_{metric}")})
+    embedding = ("resid", "se_resid", "resid_norm", "se_resid_norm")
+    _check_finite({f"{name} of the embedding": flow.embedding[name] for name in embedding})
+    _check_finite({"final_entropy": flow.final_entropy, "se_final_entropy": flow.se_final_entropy})
     if set(flow.stages) != set(STAGES):
         raise ValueError(f"the stages are {sorted(flow.stages)}")
+    for name, span in flow.stages.items():
+        if span is not None and not (len(span) == 2 and 1 <= span[0] <= span[1] <= num_layers):
+            raise ValueError(f"{name} is {span}, of {num_layers} layers")
+    if flow.suggested_layer is not None and not 1 <= flow.suggested_layer <= num_layers:
+        raise ValueError(f"suggested_layer is {flow.suggested_layer}, of {num_layers}")
+    heatmap = flow.heatmap
+    if heatmap is not None:
+        num_tokens = len(heatmap.tokens)
+        widths = {len(row) for row in (*heatmap.resid, heatmap.full)}
+        if num_tokens == 0 or len(heatmap.resid) != num_layers or widths != {num_tokens}:
+            raise ValueError(f"the heatmap is not {num_layers} layers by {num_tokens} tokens")
+
+
+def _check_finite(numbers: dict[str, float]) -> None:
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ValueError(f"{name} is {number}")
