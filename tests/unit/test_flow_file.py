@@ -62,11 +62,11 @@ def test_what_is_no_whole_flow_is_refused(broken: str, tmp_path: Path) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such file or directory; give an entropy_flow.json"):
+    with pytest.raises(UsageError, match=r"No such file or directory; give an entropy_flow\.json"):
         read_flow(tmp_path)
     for text in ("", "{", "[1]", '"flow"'):
         (tmp_path / "flow.json").write_text(text)
-        with pytest.raises(UsageError, match="give an entropy_flow.json that entropy-flow wrote"):
+        with pytest.raises(UsageError, match=r"give an entropy_flow\.json that entropy-flow wrote"):
             read_flow(tmp_path / "flow.json")
     (tmp_path / "flow.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="not JSON"):
@@ -77,7 +77,7 @@ def test_two_tokens_that_the_policy_wrote_are_needed() -> None:
     def rollout(*mask: int) -> Rollout:
         return Rollout(0, [1], [2] * len(mask), response_mask=list(mask))
 
-    with pytest.raises(UsageError, match="some.jsonl: no response tokens"):
+    with pytest.raises(UsageError, match=r"some\.jsonl: no response tokens"):
         check_measurable([rollout(0, 0), rollout(0)], "some.jsonl")
     with pytest.raises(UsageError, match="a single response token"):
         check_measurable([rollout(0, 1), rollout(0)], "some.jsonl")
