@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, after a power cut too."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_bupo.files import new_file
 from megatron_bupo.training.actor import Actor
 from megatron_bupo.training.run_state import ITERATION, RUN_STATE, RunState
 from megatron_bupo.weights.checkpoint_tree import HF, TRACKER
@@ -55,7 +56,8 @@ def save_checkpoint(actor: Actor, save: Path, run_state: RunState, source: Path,
         shutil.rmtree(folder, ignore_errors=True)
         _flush(partial)
         os.replace(partial, folder)
-        _write_tracker(save, step)
+        with new_file(save / TRACKER) as beside:
+            beside.write_text(f"{step}\n", encoding="utf-8")
         _remove_old(save, keep)
     dist.barrier()
 
@@ -75,12 +77,6 @@ def _write_hf_side(source: Path, save: Path, table: WeightTable) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     write_hf_side(source, beside, table)
     os.replace(beside, save / HF)
-
-
-def _write_tracker(save: Path, step: int) -> None:
-    beside = save / f".{TRACKER}.part"
-    beside.write_text(f"{step}\n", encoding="utf-8")
-    os.replace(beside, save / TRACKER)
 
 
 def _flush(folder: Path) -> None:

@@ -113,7 +113,10 @@ def _files(config: TrainConfig) -> list[str]:
     if run.save and run.save_interval:
         files.append(f"{run.save}/iter_{run.save_interval:07d}/ ... (every {run.save_interval} steps and the last)")
         files += [str(Path(run.save) / name) for name in ("latest_checkpointed_iteration.txt", "hf/")]
-    if run.save and (run.entropy_flow_interval or config.schedule.is_auto):
+    schedule = config.schedule
+    if run.save_interval and config.batch.monitor_responses and (schedule.internal_steps or schedule.policy_schedule):
+        files.append(f"{run.save}/watch_step_....jsonl (with checkpoints of an internal phase)")
+    if run.save and (run.entropy_flow_interval or schedule.is_auto):
         files.append(f"{run.save}/entropy_flow/step_.../entropy_flow.json")
     board = run.tensorboard_dir or (str(Path(run.save) / "tensorboard") if run.save else None)
     if board:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_bupo.config import RunConfig
 from megatron_bupo.errors import UsageError
+from megatron_bupo.files import new_file
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.training.watch import PhaseNumbers, PhaseWatch
 from megatron_bupo.weights.checkpoint_tree import TRACKER, find_checkpoint
@@ -186,6 +186,5 @@ def cut_metrics(save: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    beside = path.with_name(".metrics.jsonl.part")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    with new_file(path) as beside:
+        beside.write_text("".join(kept), encoding="utf-8")
