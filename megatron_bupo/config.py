@@ -7,6 +7,7 @@ needs the contents of a file (layers against the model, lines of a rollout file)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +139,7 @@ class ScheduleConfig(Group):
     def check(self) -> None:
         super().check()
         layer = self.internal_layer
-        if layer is not None and layer != AUTO and not (layer.isascii() and layer.isdigit() and int(layer) > 0):
+        if layer is not None and layer != AUTO and not re.fullmatch(r"[1-9]\d{0,5}", layer, re.ASCII):
             raise UsageError(f"--internal-layer {layer}: must be the number of a layer, from 1, or {AUTO}")
         if layer == AUTO and self.internal_steps == 0:
             raise UsageError(f"--internal-layer {AUTO}: chooses the layer of phase 1; give --internal-steps as well")
@@ -237,7 +238,9 @@ class BatchConfig(Group):
     global_batch_size: int | None = flag("responses per optimizer step (default: the whole step)", None, low=1)
     max_tokens_per_micro_batch: int = flag("responses are packed to this; a longer one travels alone", 16384, low=1)
     entropy_flow_responses: int = flag("responses whose entropy flow is measured", 16, low=1)
-    monitor_responses: int = flag("responses whose full policy is watched in an internal phase; 0 = off", 64, low=0)
+    monitor_responses: int = flag(
+        "responses whose full policy is watched in an internal phase, now and at its start; 0 = off", 64, low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,11 @@ class RunConfig(Group):
             raise UsageError(f"--keep {self.keep}: goes only with --save-interval")
         if self.allow_changed_run and self.load is None:
             raise UsageError("--allow-changed-run: goes only with --load DIR")
+        if self.entropy_flow_interval is not None and self.save is None and self.tensorboard_dir is None:
+            raise UsageError(
+                f"--entropy-flow-interval {self.entropy_flow_interval}: goes to --save DIR or --tensorboard-dir DIR; "
+                "give one"
+            )
         check_folder("save", self.save, taken=None if self.continues else "metrics.jsonl")
         check_folder("save_hf", self.save_hf, taken="config.json")
         check_folder("tensorboard_dir", self.tensorboard_dir)

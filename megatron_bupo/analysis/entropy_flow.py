@@ -10,7 +10,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bupo.analysis.flow_file import METRICS, NORM_METRICS, EntropyFlow, Heatmap, check_measurable
+from megatron_bupo.analysis.flow_file import (
+    HEATMAP_TOKENS,
+    METRICS,
+    NORM_METRICS,
+    EntropyFlow,
+    Heatmap,
+    check_measurable,
+)
 from megatron_bupo.analysis.flow_tokens import FlowTotals, TokenValues
 from megatron_bupo.analysis.stages import select_layer
 from megatron_bupo.data.batches import pack_for
@@ -74,15 +81,17 @@ class FlowMeasurement:
         )
 
     def heatmap(self, number: int, tokenizer: PreTrainedTokenizerBase | None) -> Heatmap:
-        """The entropies along one response, from 1, that was measured with its tokens kept; on the first rank.
+        """The entropies along the beginning of one response, from 1, whose tokens were kept; on the first rank.
 
         Without a tokenizer the tokens' ids stand for their text.
         """
         assert self.tokens is not None, "only the first rank has the tokens, if they are asked for"
         tokens = self.tokens.of_response(number)
-        text = [str(token) if tokenizer is None else tokenizer.decode([token]) for token in tokens.token.tolist()]
-        resid, full = (tokens.values[name].astype(float).round(4).tolist() for name in ("resid", "full"))
-        return Heatmap(number, text, resid, full[0])
+        ids = tokens.token[:HEATMAP_TOKENS].tolist()
+        text = [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids]
+        beginning = (tokens.values[name][:, :HEATMAP_TOKENS] for name in ("resid", "full"))
+        resid, full = (values.astype(float).round(4).tolist() for values in beginning)
+        return Heatmap(number, len(tokens.token), text, resid, full[0])
 
 
 def measure(
@@ -98,7 +107,7 @@ def measure(
     """Measure the flow at the positions that predict the tokens which the policy wrote. Collective over all ranks.
 
     Args:
-        max_tokens: of a micro-batch, whose states are kept until they are reduced: 4 L times H numbers a token.
+        max_tokens: of a micro-batch, whose states are kept until they are reduced: 3 L times H numbers a token.
         final_norm: also the policies behind the final norm (the paper's ablation).
         per_token: keep the values of every token.
         heatmap: keep those of this response, from 1.
@@ -116,15 +125,17 @@ def measure(
     num_rows = sum(len(batch.rows) for batch in batches)
     with tqdm(total=num_rows, desc="entropy flow", unit=" tok", disable=not progress or state.rank > 0 or None) as bar:
         for batch, flow in _flows(model, unembedding, batches, final_norm):
+            bar.update(len(batch.rows))
+            if not state.reports:
+                continue
             tokens = TokenValues.of(batch, flow)
             totals.add(tokens)
             if per_token:
                 kept.append(tokens)
             elif heatmap is not None:
                 kept.append(tokens.of_response(heatmap))
-            bar.update(len(batch.rows))
     names = dict.fromkeys((*METRICS, *(NORM_METRICS if final_norm else ())), num_layers) | dict.fromkeys(_SINGLE, 1)
-    totals.reduce(names, state.reports, state.host_group)
+    totals.reduce(names, state.host_group)
     mean, standard_error = totals.means()
     tokens_of_all = _on_first_rank(kept, model)
     return FlowMeasurement(model.arch.vocab_size, mean, standard_error, totals.d_ffn, totals.num_tokens, tokens_of_all)
@@ -162,7 +173,7 @@ def _flows(
 def _on_first_rank(kept: list[TokenValues], model: ParallelModel) -> TokenValues | None:
     """All that was kept, on the first rank."""
     state = model.state
-    mine = TokenValues.joined(kept) if kept and state.reports else None
+    mine = TokenValues.joined(kept) if kept else None
     parts: list[TokenValues | None] | None = [None] * state.world_size if state.rank == 0 else None
     dist.gather_object(mine, parts, dst=0, group=state.host_group)
     found = [part for part in parts or [] if part is not None]

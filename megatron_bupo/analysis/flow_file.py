@@ -36,18 +36,20 @@ METRICS = (
     "kl_full", "top1_full",
 )  # fmt: skip
 NORM_METRICS = ("resid@norm", "attn@norm", "ffn@norm")
+HEATMAP_TOKENS = 160  # the beginning of a response that a heatmap shows
 STAGES = ("exploration", "integration", "convergence")
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The entropies along one response.
+    """The entropies along the beginning of one response, which has `num_tokens` tokens.
 
-    `tokens` are its T tokens as text; `resid` has a list of T entropies for each layer from 1, `full` those of the full
-    policy: of the position that predicts the token.
+    `tokens` are its first T tokens as text; `resid` has a list of T entropies for each layer from 1, `full` those of
+    the full policy: of the position that predicts the token.
     """
 
     response: int
+    num_tokens: int
     tokens: list[str]
     resid: list[list[float]]
     full: list[float]
@@ -88,15 +90,6 @@ def check_measurable(rollouts: Sequence[Rollout], where: str) -> None:
         raise UsageError(f"{where}: {found} that the policy wrote (response_mask 1); give responses with 2 or more")
 
 
-def step_flow_file(save: str | Path, step: int) -> Path:
-    """Where a training run keeps the flow of a step.
-
-    >>> step_flow_file("runs/bupo", 10).as_posix()
-    'runs/bupo/entropy_flow/step_000010/entropy_flow.json'
-    """
-    return Path(save) / "entropy_flow" / f"step_{step:06d}" / FILE_NAME
-
-
 def write_flow(folder: str | Path, flow: EntropyFlow) -> Path:
     """FOLDER/entropy_flow.json, written beside and renamed."""
     path = Path(folder) / FILE_NAME
@@ -127,37 +120,53 @@ def read_flow(path: str | Path) -> EntropyFlow:
         heatmap = content.pop("heatmap", None)
         flow = EntropyFlow(**content, heatmap=None if heatmap is None else Heatmap(**heatmap))
         _check(flow)
-    except (TypeError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: no whole entropy flow ({error}); measure again") from error
     return flow
 
 
 def _check(flow: EntropyFlow) -> None:
     """Raise ValueError, TypeError or KeyError for what is missing, is no number or does not fit."""
+    types: dict[str, type] = {"model": str, "vocab_size": int, "num_responses": int, "num_tokens": int}
+    types |= {"stages": dict, "selection": dict}
+    for name, wanted in types.items():
+        if not isinstance(getattr(flow, name), wanted):
+            raise ValueError(f"{name} is {getattr(flow, name)!r}")
+    if flow.vocab_size < 2:
+        raise ValueError(f"vocab_size is {flow.vocab_size}")
     num_layers = len(flow.layers)
     if num_layers < 2:
         raise ValueError(f"{num_layers} layer(s), a flow has 2 or more")
     if [layer["layer"] for layer in flow.layers] != list(range(1, num_layers + 1)):
         raise ValueError("the layers are not 1, 2, 3, ...")
+    metrics = [*METRICS, *(name for name in NORM_METRICS if name in flow.layers[0])]
     for layer in flow.layers:
         where = f"of layer {layer['layer']}"
-        _check_finite({f"{name} {where}": layer[name] for metric in METRICS for name in (metric, f"se_{metric}")})
+        _check_finite({f"{name} {where}": layer[name] for metric in metrics for name in (metric, f"se_{metric}")})
     embedding = ("resid", "se_resid", "resid_norm", "se_resid_norm")
     _check_finite({f"{name} of the embedding": flow.embedding[name] for name in embedding})
     _check_finite({"final_entropy": flow.final_entropy, "se_final_entropy": flow.se_final_entropy})
     if set(flow.stages) != set(STAGES):
         raise ValueError(f"the stages are {sorted(flow.stages)}")
     for name, span in flow.stages.items():
-        if span is not None and not (len(span) == 2 and 1 <= span[0] <= span[1] <= num_layers):
+        if span is not None and not (len(span) == 2 and span[0] <= span[1] and {*span} <= {*range(1, num_layers + 1)}):
             raise ValueError(f"{name} is {span}, of {num_layers} layers")
-    if flow.suggested_layer is not None and not 1 <= flow.suggested_layer <= num_layers:
+    if flow.suggested_layer is not None and flow.suggested_layer not in range(1, num_layers + 1):
         raise ValueError(f"suggested_layer is {flow.suggested_layer}, of {num_layers}")
-    heatmap = flow.heatmap
-    if heatmap is not None:
-        num_tokens = len(heatmap.tokens)
-        widths = {len(row) for row in (*heatmap.resid, heatmap.full)}
-        if num_tokens == 0 or len(heatmap.resid) != num_layers or widths != {num_tokens}:
-            raise ValueError(f"the heatmap is not {num_layers} layers by {num_tokens} tokens")
+    if flow.heatmap is not None:
+        _check_heatmap(flow.heatmap, num_layers)
+
+
+def _check_heatmap(heatmap: Heatmap, num_layers: int) -> None:
+    width = len(heatmap.tokens)
+    if not all(isinstance(token, str) for token in heatmap.tokens) or heatmap.num_tokens < width:
+        raise ValueError("the heatmap's tokens are not the beginning of a response")
+    rows = [*heatmap.resid, heatmap.full]
+    if width == 0 or len(rows) != num_layers + 1 or {len(row) for row in rows} != {width}:
+        raise ValueError(f"the heatmap is not {num_layers} layers by {width} tokens")
+    for place in range(width):
+        column = enumerate((row[place] for row in rows), start=1)
+        _check_finite({f"row {number}, token {place + 1} of the heatmap": value for number, value in column})
 
 
 def _check_finite(numbers: dict[str, float]) -> None:

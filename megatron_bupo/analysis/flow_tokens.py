@@ -89,8 +89,8 @@ class FlowTotals:
             self._sums[name] = self._sums.get(name, 0.0) + wide.sum(axis=1)
             self._squares[name] = self._squares.get(name, 0.0) + np.square(wide).sum(axis=1)
 
-    def reduce(self, names: dict[str, int], counts_here: bool, group: ProcessGroup) -> None:
-        """Add up what the ranks of `group` have, of which those with `counts_here` count; all know the result then.
+    def reduce(self, names: dict[str, int], group: ProcessGroup) -> None:
+        """Add up what the ranks of `group` have, some of them nothing; all know the result then.
 
         Args:
             names: of every value, with the number of its rows; the same on every rank.
@@ -98,7 +98,7 @@ class FlowTotals:
         tables = [self.num_tokens, self.d_ffn]
         tables += [self._sums.get(name, np.zeros(rows)) for name, rows in names.items()]
         tables += [self._squares.get(name, np.zeros(rows)) for name, rows in names.items()]
-        flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]) * float(counts_here))
+        flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]))
         dist.all_reduce(flat, group=group)
         parts = np.split(flat.numpy(), np.cumsum([table.size for table in tables])[:-1])
         shaped = [part.reshape(table.shape) for part, table in zip(parts, tables, strict=True)]

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-MAX_TOKENS = 160
 TOKENS_PER_PANEL = 40
 MAX_LABEL_CHARS = 14
 _MARKS = {" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
@@ -23,9 +22,9 @@ _MARKS = {" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 def token_heatmap(label: str, heatmap: Heatmap) -> Figure:
     """Layers by tokens, layer 1 at the bottom, the full policy in a row of its own at the top; colour is the entropy.
 
-    A response of more than 40 tokens goes on in panels below, and ends after 160 tokens.
+    More than 40 tokens go on in panels below.
     """
-    num_drawn = min(len(heatmap.tokens), MAX_TOKENS)
+    num_drawn = len(heatmap.tokens)
     num_panels = math.ceil(num_drawn / TOKENS_PER_PANEL)
     per_panel = math.ceil(num_drawn / num_panels)
     num_layers = len(heatmap.resid)
@@ -33,15 +32,14 @@ def token_heatmap(label: str, heatmap: Heatmap) -> Figure:
     width = max(4.0, 1.4 + 0.15 * per_panel)
     figure = new_figure(width, 0.5 + num_panels * panel_height)
     grid = figure.subplots(num_panels, squeeze=False)[:, 0]
-    shown = [values[:num_drawn] for values in (*heatmap.resid, heatmap.full)]
-    largest = max(max(values) for values in shown)
+    largest = max(max(values) for values in (*heatmap.resid, heatmap.full))
     for panel, axes in enumerate(grid):
         image = _draw_panel(axes, heatmap, panel * per_panel, min((panel + 1) * per_panel, num_drawn), largest)
         axes.set_xlim(panel * per_panel - 0.5, (panel + 1) * per_panel - 0.5)  # the last panel's cells are as wide
     bar = figure.colorbar(image, ax=list(grid), aspect=15 * num_panels, pad=0.015)
     bar.set_label("entropy (nats)", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
-    part = "" if num_drawn == len(heatmap.tokens) else f" (first {num_drawn} of {len(heatmap.tokens)} tokens)"
+    part = "" if num_drawn == heatmap.num_tokens else f" (first {num_drawn} of {heatmap.num_tokens} tokens)"
     title = [*wrap(drawable(label), int(12 * width)), f"response {heatmap.response}{part}"]
     figure.suptitle("\n".join(title), fontsize=9, **PLAIN_TEXT)
     return figure

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_bupo.analysis.flow_file import EntropyFlow
-from megatron_bupo.commands.auto_layer import check_auto, choose_layer, describe_choice, flow_of_choice
+from megatron_bupo.analysis.flow_file import EntropyFlow, write_flow
+from megatron_bupo.commands.auto_layer import (
+    CHOICE_FOLDER,
+    choice_so_far,
+    choose_layer,
+    describe_choice,
+    layer_of_run,
+)
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
@@ -22,7 +28,7 @@ from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.engine import SamplingParams, stop_token_ids
 from megatron_bupo.rollout.source import EmbeddedGeneration, FirstStepKept, Replay, RolloutSource
 from megatron_bupo.tracking import Tracker, describe_run, fingerprint
-from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start, layer_so_far
+from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start
 from megatron_bupo.weights.checkpoint_tree import HF
 from megatron_bupo.weights.hf_files import HFWeights, write_hf_folder
 from megatron_bupo.weights.table import table_for
@@ -36,8 +42,11 @@ def run(config: TrainConfig) -> None:
     """
     arch = Architecture.from_hf(config.model.hf_model)
     check_layout(arch, config.parallel)
-    layer = layer_so_far(config.run) if config.schedule.is_auto else config.schedule.layer
+    layer = layer_of_run(config)
     is_open = config.schedule.is_auto and layer is None
+    if arch.num_layers < 2 and (is_open or config.run.entropy_flow_interval):
+        given = "--internal-layer auto" if is_open else "--entropy-flow-interval"
+        raise UsageError(f"{given}: {config.model.hf_model} has 1 layer; an entropy flow needs 2 or more")
     schedule = _schedule(config, 1 if is_open else layer)  # for the checks any layer will do
     schedule.check(arch.num_layers)
     weights = HFWeights(config.model.hf_model)
@@ -45,9 +54,8 @@ def run(config: TrainConfig) -> None:
     _check_export(config)
     prompts = _check_data(config, arch)
     identity = _identity(config, schedule, prompts)
-    start = find_start(config.run, identity)
-    if is_open:
-        check_auto(config, arch, start)
+    start = find_start(config.run, identity, watched=config.batch.monitor_responses > 0)
+    flow = choice_so_far(config, layer)
     for step in start.ended:
         schedule = schedule.ended_before(step)
     if config.run.dry_run:
@@ -63,15 +71,12 @@ def run(config: TrainConfig) -> None:
         parallel_state(config.parallel, config.run.seed) as state,
         closing(_source(config, prompts, state, dtype)) as source,
     ):
-        run = _Run(config, arch, weights, dtype, schedule, identity, start)
         if is_open:
-            kept = FirstStepKept(source)
+            source = kept = FirstStepKept(source)
             flow = choose_layer(config, arch, weights, start.converted, kept, state, dtype)
             schedule = _schedule(config, flow.suggested_layer)
-            run = replace(run, schedule=schedule, identity=_identity(config, schedule, prompts), flow=flow)
-            _train(run, kept, state)
-        else:
-            _train(run, source, state)
+            identity = _identity(config, schedule, prompts)
+        _train(_Run(config, arch, weights, dtype, schedule, identity, start, flow), source, state)
 
 
 @dataclass(frozen=True)
@@ -195,15 +200,15 @@ def _track(run: _Run, state: ParallelState) -> Tracker | None:
     if flags.save:
         cut_metrics(Path(flags.save), run.start.done)
     tracker = Tracker(flags.save, flags.tensorboard_dir, run.start.done)
-    if flow is not None:
+    folder = Path(flags.save) / CHOICE_FOLDER if flags.save else None
+    if flow is not None and run.start.folder is None:
         from megatron_bupo.analysis.flow_log import log_flow
 
-        print(
-            f"internal layer {flow.suggested_layer}, chosen on {flow.num_tokens} tokens: {flow.selection['reasons'][1]}"
-        )
-        log_flow(tracker, flags.save, 1, flow)
-    elif run.config.schedule.is_auto:
-        flow = flow_of_choice(flags)
+        chosen, tokens, why = flow.suggested_layer, flow.num_tokens, flow.selection["reasons"][1]
+        print(f"internal layer {chosen}, chosen on {tokens} tokens: {why}")
+        log_flow(tracker, folder, 0, flow)
+    elif flow is not None and folder is not None:
+        write_flow(folder, flow)
     choice = None if flow is None else describe_choice(flow)
     tracker.write_run(describe_run(run.config, run.schedule.describe(), run.identity, run.start.changes, choice))
     return tracker
@@ -241,7 +246,6 @@ def _train(run: _Run, source: RolloutSource, state: ParallelState) -> None:
             source.update_weights(actor.hf_tensors(), version=str(start.done))
         trainer.run(start.done, save if flags.save_interval else None)
     finally:
-        source.close()
         if tracker is not None:
             tracker.close()
     if flags.save_hf:

@@ -53,9 +53,12 @@ class LayerStates:
 
 @dataclass
 class _Seen:
-    """What has come by of one layer, a state for each micro-batch so far."""
+    """What has come by of one layer, a state for each micro-batch so far.
 
-    below: list[Tensor] = field(default_factory=list)
+    `below` is what the layer below has in `resid`, or for the lowest layer of a chunk a list of its own.
+    """
+
+    below: list[Tensor]
     attn: list[Tensor] = field(default_factory=list)
     ffn: list[Tensor] = field(default_factory=list)
     resid: list[Tensor] = field(default_factory=list)
@@ -74,11 +77,13 @@ def captured_states(
     seen: list[tuple[TransformerLayer, _Seen]] = []
     with ExitStack() as hooks:
         for chunk in chunks:
-            for layer in chunk.decoder.layers:
-                states = _Seen()
-                for handle in _hooks(chunk, layer, states, batches):
+            below: list[Tensor] = []
+            for index, layer in enumerate(chunk.decoder.layers):
+                states = _Seen(below)
+                for handle in _hooks(chunk, layer, states, batches, is_lowest=index == 0):
                     hooks.callback(handle.remove)
                 seen.append((layer, states))
+                below = states.resid
         yield result
     for index in range(len(batches)):
         result.append(
@@ -89,7 +94,9 @@ def captured_states(
         )
 
 
-def _hooks(chunk: HiddenStateModel, layer: TransformerLayer, seen: _Seen, batches: Sequence[MicroBatch]) -> list[Any]:
+def _hooks(
+    chunk: HiddenStateModel, layer: TransformerLayer, seen: _Seen, batches: Sequence[MicroBatch], is_lowest: bool
+) -> list[Any]:
     def keep(states: list[Tensor], state: Tensor) -> None:
         states.append(response_rows(chunk, state.detach(), batches[len(states)]))
 
@@ -106,8 +113,9 @@ def _hooks(chunk: HiddenStateModel, layer: TransformerLayer, seen: _Seen, batche
 
         return hook
 
+    lowest = [layer.register_forward_pre_hook(before, with_kwargs=True)] if is_lowest else []
     return [
-        layer.register_forward_pre_hook(before, with_kwargs=True),
+        *lowest,
         layer.self_attention.register_forward_hook(after_module(seen.attn)),
         layer.mlp.register_forward_hook(after_module(seen.ffn)),
         layer.register_forward_hook(after),

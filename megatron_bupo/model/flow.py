@@ -1,9 +1,9 @@
 """The entropy flow of one micro-batch: the policies of every layer measured at once, each stage its own layers'.
 
-The cost is the unembedding, 5 L + 2 times; the forward itself is a few percent of it. So W goes to all stages once
+The cost is the unembedding of 5 L + 2 states; the forward itself is a few percent of it. So W goes to all stages once
 (`UnembeddingEverywhere`), each stage reduces its own layers to numbers per row, and only numbers travel back. To
-compare a policy with the full one the last stage sends the expected row of W under the full policy and its most likely
-token: with those, KL and top-1 agreement cost no further product.
+compare a policy with the full one the last stage sends the expected row of W under the full policy (two products more)
+and its most likely token: with those, KL and top-1 agreement cost no further product in any layer.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class UnembeddingEverywhere:
         num_rows = int(self.from_stage(-1, rows, (), torch.int64))
         self._weight = self.from_stage(-1, weight, (num_rows, self.hidden_size), config.params_dtype)
         self._norm = self.from_stage(-1, norm, (self.hidden_size,), config.params_dtype)
+        numbers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
+        self._order = torch.cat(self._from_all_stages(torch.tensor(numbers, device=state.device))).argsort()
 
     def from_stage(self, stage: int, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """On every stage, the tensor that the first (0) or the last (-1) one has."""
@@ -83,8 +85,11 @@ class UnembeddingEverywhere:
         dist.broadcast(received, ranks[stage], group=self._state.pp_group)
         return received
 
-    def from_all_stages(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all stages, which have one shape, on every stage."""
+    def by_layer(self, tensor: Tensor) -> Tensor:
+        """[L, ...] of all stages on every stage, from the [L_local, ...] of each."""
+        return torch.cat(self._from_all_stages(tensor))[self._order]
+
+    def _from_all_stages(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self._state.pp_size)]
         dist.all_gather(parts, tensor.contiguous(), group=self._state.pp_group)
         return parts
@@ -130,10 +135,8 @@ def token_flow(
         of_embedding = torch.stack([unembedding.statistics(bottom, top_token).entropy, _norms(bottom)])
     embedding = unembedding.from_stage(0, of_embedding, (2, num_rows), torch.float32)
 
-    numbers = torch.tensor([layer.number for layer in states], device=top_token.device)
     mine = torch.stack([_layer_columns(unembedding, layer, full, final_norm) for layer in states])
-    order = torch.cat(unembedding.from_all_stages(numbers)).argsort()
-    columns = torch.cat(unembedding.from_all_stages(mine))[order].unbind(1)
+    columns = unembedding.by_layer(mine).unbind(1)
     names = (*_ENTROPIES, *(_NORM_ENTROPIES if final_norm else ()), *_OTHERS)
     layers = dict(zip(names, columns, strict=True))
     layers["d_layer"] = layers["resid"] - torch.cat([embedding[:1], layers["resid"][:-1]])

@@ -204,13 +204,14 @@ def expectation(
     top = torch.full(lse_bits.shape, torch.finfo(tiles.dtype).min, dtype=tiles.dtype, device=hidden.device)
     token = torch.full(lse_bits.shape, vocab_size, dtype=torch.int64, device=hidden.device)
     for columns, weight_tile in tiles.columns():
+        wide_weight_tile = weight_tile.to(tiles.dtype)
         for rows in tiles.rows():
             bits = tiles.logits_in_bits(rows, weight_tile)
             tile_top, index = bits.max(dim=1)
             token[rows] = torch.where(tile_top > top[rows], index + tiles.first_id + columns.start, token[rows])
             torch.maximum(top[rows], tile_top, out=top[rows])
             # In the compute dtype also where the logits are products of bf16: p in 8 bits would be off by 0.4 %.
-            expected[rows].addmm_(tiles.exp2(bits.sub_(lse_bits[rows, None])), weight_tile.to(tiles.dtype))
+            expected[rows].addmm_(tiles.exp2(bits.sub_(lse_bits[rows, None])), wide_weight_tile)
     if tiles.num_ranks > 1 and len(lse_bits) > 0:
         group_top = top.clone()
         dist.all_reduce(group_top, dist.ReduceOp.MAX, group=group)

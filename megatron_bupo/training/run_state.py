@@ -139,8 +139,10 @@ class Start:
     watch: PhaseWatch | None = None
 
 
-def find_start(run: RunConfig, identity: RunIdentity) -> Start:
+def find_start(run: RunConfig, identity: RunIdentity, watched: bool = True) -> Start:
     """What --load names: the newest whole checkpoint of a run, or a converted one.
+
+    `watched` says whether internal phases are: only then is the watch of one that the run is in wanted.
 
     A folder that is --save as well may be empty still: then the run starts at its beginning, so that one command line
     serves for the first start and for every restart.
@@ -170,8 +172,10 @@ def find_start(run: RunConfig, identity: RunIdentity) -> Start:
         raise UsageError(f"--load {run.load}: the run started from {converted}, which is gone; put it back")
     # Under --allow-changed-run the steps taken may be of another schedule; what ended there means nothing in this one.
     same_so_far = identity.phases[: state.step] == state.identity.phases[: state.step]
-    watch = None if state.phase_start is None else PhaseWatch.read(folder.parent, state.phase_start)
     ended = state.ended if same_so_far else ()
+    watch = None
+    if watched and same_so_far and state.phase_start is not None:
+        watch = PhaseWatch.read(folder.parent, state.phase_start)
     return Start(state.step, folder, state, converted, tuple(changes), ended, watch)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.batches import pack_for
 from megatron_bupo.data.packing import split_mini_batches
 from megatron_bupo.data.rollout_files import step_file, write_rollouts
+from megatron_bupo.errors import UsageError
 from megatron_bupo.evaluation import score_rollouts
 from megatron_bupo.parallel.reduce import reduce_everywhere
 from megatron_bupo.parallel.setup import ParallelState
@@ -155,9 +158,15 @@ class Trainer:
         if interval is None or step % interval:
             return
         with self._timed("entropy_flow"):
-            flow = flow_of_step(self.actor, rollouts, step, self.config)
+            try:
+                flow = flow_of_step(self.actor, rollouts, f"step {step}", self.config)
+            except UsageError as error:  # the same on every rank; what only looks on ends no run
+                warnings.warn(f"the entropy flow of step {step} was not measured: {error}", stacklevel=1)
+                return
             if self.tracker is not None:
-                log_flow(self.tracker, self.config.run.save, step, flow)
+                save = self.config.run.save
+                folder = None if save is None else Path(save) / "entropy_flow" / f"step_{step:06d}"
+                log_flow(self.tracker, folder, step, flow)
 
     def _movement(self, before: list[Tensor]) -> Metrics:
         """How far the parameters went in this step, and how much of it bf16 hides from the engine."""
@@ -223,13 +232,13 @@ class Trainer:
         if not sample:
             return {}
         seen = self._full_policy(sample)
-        probe = self.watch.probe if self.watch is not None else self._probe(sample)
-        # No token of the probe may be trained: then nothing is compared.
-        kl_start = self._full_policy(probe).get("logprob_diff_k3", 0.0)
+        # At its start a phase is where it began. No token of the probe may be trained: then nothing is compared.
+        probed = {} if self.watch is None else self._full_policy(self.watch.probe)
+        kl_start = probed.get("logprob_diff_k3", 0.0)
         responses = response_metrics(rollouts)
         now = PhaseNumbers(step, seen["entropy"], responses["response_len_mean"], responses["accuracy"], kl_start)
         if self.watch is None:
-            self.watch = PhaseWatch(now, probe)
+            self.watch = PhaseWatch(now, self._probe(sample))
         reason = self.watch.crossed(now, self.config.schedule.stop_bounds)
         metrics = {**full_policy_metrics(seen), "kl_start": kl_start}
         return metrics if reason is None else {**metrics, "internal_stop": reason}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bupo.data.rollout_files import read_rollouts, write_rollouts
+from megatron_bupo.errors import UsageError
 from megatron_bupo.samples import Rollout
 from megatron_bupo.stop_bounds import StopBound
 
@@ -58,7 +59,13 @@ class PhaseWatch:
         Raises:
             UsageError: the probe is missing or broken.
         """
-        return cls(first, read_rollouts(_probe_file(save, first.step)))
+        try:
+            return cls(first, read_rollouts(_probe_file(save, first.step)))
+        except UsageError as error:
+            raise UsageError(
+                f"{error}: the watch over the internal phase compares with it; put it back, or go on with "
+                "--monitor-responses 0"
+            ) from error
 
 
 def _probe_file(save: Path, step: int) -> Path:

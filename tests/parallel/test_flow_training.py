@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from megatron_bupo.analysis.plots import read_metrics
 from megatron_bupo.data.rollout_files import read_rollouts, step_file, write_rollouts
 from tests.parallel.flow_reference import reference_flow, summarise
 from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
 from tests.parallel.references import NUM_LAYERS, configs, random_rollouts, write_model
+from tests.parallel.test_generation import write_tokenizer
 
 STEPS, SAMPLE = 4, 3
 
@@ -61,7 +64,7 @@ def test_auto_trains_the_layer_that_the_first_rollouts_suggest(layout: str, case
     assert record["internal_layer"]["stages"]["exploration"] == [1, 2]
     assert record["internal_layer"]["num_responses"] == SAMPLE
     assert record["flags"]["schedule"]["internal_layer"] == "auto"
-    flow = json.loads((chosen / "entropy_flow" / "step_000001" / "entropy_flow.json").read_text())
+    flow = json.loads((chosen / "internal_layer" / "entropy_flow.json").read_text())
     for name in ("resid", "d_ffn", "kl_full"):
         measured = torch.tensor([layer[name] for layer in flow["layers"]], dtype=torch.float64)
         assert (measured - expected[name]).abs().max() < 1e-4, name
@@ -71,17 +74,55 @@ def test_auto_trains_the_layer_that_the_first_rollouts_suggest(layout: str, case
 
 
 def test_a_resumed_run_keeps_the_layer_that_was_chosen(case: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--internal-layer", "auto", "--save-interval", "1"]
-    train(case, "TP1", whole, *flags, "--train-iters", str(STEPS))
-    train(case, "TP1", parts, *flags, "--train-iters", "2", "--load", str(parts))
+    whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved"
+    # Together with what else looks at a phase: bounds that are not crossed, and the flow at every step.
+    flags = ["--internal-layer", "auto", "--save-interval", "1", "--internal-stop", "kl:1e9"]
+    train(case, "TP1", whole, *flags, "--train-iters", str(STEPS), "--entropy-flow-interval", "1")
+    train(case, "TP1", parts, *flags, "--train-iters", "3")
     evidence = json.loads((parts / "run.json").read_text())["internal_layer"]
-    # Other responses would be measured now: the choice is not made again.
+    # Other responses would be measured now: the choice is not made again, also in another folder.
     more = ["--entropy-flow-responses", "1", "--train-iters", str(STEPS), "--load", str(parts)]
-    printed = train(case, "TP1", parts, *flags, *more)
-    assert "going on after step 2" in printed and "chosen on" not in printed
-    assert losses(parts) == losses(whole)
-    assert json.loads((parts / "run.json").read_text())["internal_layer"] == evidence
+    printed = train(case, "TP1", moved, *flags, *more)
+    assert "going on after step 3" in printed and "chosen on" not in printed
+    assert losses(parts) == losses(whole)[:3]
+    assert losses(moved) == losses(whole)[3:]
+    assert json.loads((moved / "run.json").read_text())["internal_layer"] == evidence
+    assert (moved / "internal_layer" / "entropy_flow.json").is_file()
+
+
+def test_auto_measures_the_converted_checkpoint_that_the_run_starts_from(case: Path, tmp_path: Path) -> None:
+    """Its FFNs raise the entropy in layer 1 only, those of --hf-model in layers 1 and 2."""
+    model: Any = AutoModelForCausalLM.from_pretrained(case / "model")
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(30)
+    model.save_pretrained(tmp_path / "other")
+    program = "checkpoint_converters/hf_to_megatron.py"
+    converted = ["--hf-model", str(tmp_path / "other"), "--output", str(tmp_path / "converted")]
+    assert_passed(torchrun(1, program, *converted))
+    flags = ["--internal-layer", "auto", "--train-iters", "3", "--load", str(tmp_path / "converted")]
+    assert "internal layer 1, chosen on" in train(case, "TP1", tmp_path / "run", *flags)
+    assert [phase for phase, *_ in losses(tmp_path / "run")] == ["layer:1", "layer:1", "full"]
+
+
+def test_auto_with_an_engine_generates_the_first_step_once(case: Path, tmp_path: Path) -> None:
+    """The rollouts that were measured are those trained on, and all that follows is as with the layer given."""
+    write_tokenizer(case / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "w{n} w7", "answer": 0}}\n' for n in range(2, 9)))
+    (tmp_path / "reward.py").write_text(
+        "def even(record):\n    return float(sum(record['response_tokens']) % 2 == 0)\n"
+    )
+    words = ["-m", "megatron_bupo", "train", "--hf-model", str(case / "model"), "--rollout-batch-size", "4"]
+    words += ["--prompt-data", str(tmp_path / "prompts.jsonl"), "--reward", f"{tmp_path / 'reward.py'}:even"]
+    words += ["--n-samples-per-prompt", "2", "--rollout-max-response-len", "12", "--internal-steps", "1"]
+    words += ["--train-iters", "3", "--lr", "0.01"]
+    for name, layer in (("auto", "auto"), ("given", "2")):
+        outputs = ["--save", str(tmp_path / name), "--save-rollouts", str(tmp_path / name / "rollouts")]
+        assert_passed(torchrun(2, *words, *outputs, "--internal-layer", layer))
+    assert losses(tmp_path / "auto") == losses(tmp_path / "given")
+    for step in (1, 2, 3):
+        assert read_rollouts(step_file(tmp_path / "auto" / "rollouts", step)) == read_rollouts(
+            step_file(tmp_path / "given" / "rollouts", step)
+        )
+    assert json.loads((tmp_path / "auto" / "internal_layer" / "entropy_flow.json").read_text())["num_responses"] == 8
 
 
 def test_the_flow_is_measured_at_its_interval(case: Path, tmp_path: Path) -> None:
@@ -104,3 +145,15 @@ def test_the_flow_is_measured_at_its_interval(case: Path, tmp_path: Path) -> Non
             stored = json.loads(path.read_text())["layers"][layer - 1]["d_ffn"]
             assert scalar.value == pytest.approx(stored, rel=1e-6)
     assert all("time/entropy_flow" in step for step in read_metrics(tmp_path / "run") if step["step"] % 2 == 0)
+
+
+def test_a_flow_that_cannot_be_measured_ends_no_run(case: Path, tmp_path: Path) -> None:
+    """A step whose only measured response has one token: the run says so and goes on."""
+    for step in (1, 2):
+        rollouts = read_rollouts(step_file(case / "rollouts", step))
+        short = [replace(rollout, response_tokens=[5], response_mask=None) for rollout in rollouts]
+        write_rollouts(step_file(tmp_path / "rollouts", step), short if step == 1 else rollouts)
+    flags = ["--load-rollouts", str(tmp_path / "rollouts"), "--entropy-flow-responses", "1", "--internal-steps", "0"]
+    train(case, "TP1", tmp_path / "run", *flags, "--train-iters", "2", "--entropy-flow-interval", "1")
+    assert [step["step"] for step in read_metrics(tmp_path / "run")] == [1, 2]
+    assert [path.name for path in (tmp_path / "run" / "entropy_flow").iterdir()] == ["step_000002"]

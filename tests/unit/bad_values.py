@@ -26,6 +26,7 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
         ("first", "must be the number of a layer"),
         ("-1", "must be the number"),
         ("1.5", "must be the number"),
+        ("9" * 5000, "must be the number"),
         ("", "must not be empty"),
         ("auto", "give --internal-steps"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_bupo.analysis.flow_file import METRICS, NORM_METRICS, EntropyFlow, Heatmap
+from megatron_bupo.analysis.flow_file import HEATMAP_TOKENS, METRICS, NORM_METRICS, EntropyFlow, Heatmap
 
 VOCAB_SIZE = 151_936
 FINAL_ENTROPY = 0.31
@@ -83,7 +83,9 @@ def _layer(depth: float, converged: float, layer: int) -> dict[str, float]:
 
 
 def _heatmap(layers: list[dict[str, float]], tokens: list[str]) -> Heatmap:
-    """Each layer's mean, moved up and down along the tokens."""
+    """Each layer's mean, moved up and down along the tokens, of which as many are kept as a measurement keeps."""
+    num_tokens, tokens = len(tokens), tokens[:HEATMAP_TOKENS]
     waves = [0.5 + 0.5 * math.sin(1.7 * place) for place in range(len(tokens))]
     resid = [[layer["resid"] * (0.8 + 0.2 * wave) for wave in waves] for layer in layers]
-    return Heatmap(response=1, tokens=tokens, resid=resid, full=[3 * FINAL_ENTROPY * wave**2 for wave in waves])
+    full = [3 * FINAL_ENTROPY * wave**2 for wave in waves]
+    return Heatmap(response=1, num_tokens=num_tokens, tokens=tokens, resid=resid, full=full)

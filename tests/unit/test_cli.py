@@ -111,6 +111,8 @@ def test_combinations_of_the_flow_commands(words: dict[str, list[str]], tmp_path
     )
     without = [word for word in words["entropy-flow"] if word not in ("--rollouts", data)]
     assert "nothing to measure on: give --rollouts FILE or --prompt-data FILE..." in refusal("entropy-flow", without)
+    interval = ["--entropy-flow-interval", "5"]
+    assert "--entropy-flow-interval 5: goes to --save DIR" in refusal("train", [*words["train"], *interval])
     assert refusal("plot", ["--output", str(tmp_path)]).startswith("nothing to draw: give --flow")
     assert "--labels: 2 for 1 inputs" in refusal("plot", [*words["plot"], "--labels", "one", "two"])
     twice = ["--policy", "full", "layer:1", "full"]

@@ -106,11 +106,15 @@ def test_a_watched_phase_goes_on(tmp_path: Path) -> None:
     watch = PhaseWatch(PhaseNumbers(2, 0.1, 1 / 3, 0.7), [Rollout(0, [1], [2], rollout_logprobs=[-0.1])])
     folder = write_iteration(tmp_path, 2)
     (folder / RUN_STATE).write_text(RunState(2, IDENTITY, {}, ended=(1,), phase_start=watch.first).to_json())
-    with pytest.raises(UsageError, match=r"watch_step_000002\.jsonl"):
+    with pytest.raises(UsageError, match=r"watch_step_000002\.jsonl.*go on with --monitor-responses 0"):
         find_start(RunConfig(load=str(tmp_path)), IDENTITY)
+    assert find_start(RunConfig(load=str(tmp_path)), IDENTITY, watched=False).watch is None
     watch.write(tmp_path)
     start = find_start(RunConfig(load=str(tmp_path)), IDENTITY)
     assert (start.ended, start.watch) == ((1,), watch)
+    # The steps taken are of another schedule: what comes now is another phase, with a start of its own.
+    other = replace(IDENTITY, phases=("full", "full", "layer:3"))
+    assert find_start(RunConfig(load=str(tmp_path), allow_changed_run=True), other).watch is None
 
 
 def test_what_ended_early_stays_so_unless_the_steps_taken_are_of_another_schedule(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def refusal(tmp_path: Path, *flags: str) -> str:
         config = parse("train", words)
         assert isinstance(config, TrainConfig)
         if not config.schedule.is_auto:
-            train._schedule(config)
+            train._schedule(config, config.schedule.layer)
     except UsageError as error:
         return str(error)
     return ""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.integration.bad_input.commands import COMMANDS, WEIGHTS, rewrite
+from tests.parallel.references import configs, write_model
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -147,6 +148,17 @@ def test_layers_beyond_the_model(command: str, flags: list[str], refused: Callab
 )
 def test_layer_0(command: str, flags: list[str], refused: Callable[..., str]) -> None:
     assert "0" in refused(command, *flags)
+
+
+def test_a_flow_needs_two_layers(case: Path, refused: Callable[..., str]) -> None:
+    config = configs()["qwen3-tied"]
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    write_model(config, case / "model")
+    assert "the model has 1 layer; a flow from layer to layer needs 2" in refused("entropy-flow")
+    auto = ["--internal-layer", "auto", "--internal-steps", "1"]
+    assert "--internal-layer auto: " in (line := refused("replay", *auto)) and "has 1 layer" in line
+    interval = ["--entropy-flow-interval", "2"]
+    assert "--entropy-flow-interval: " in (line := refused("replay", *interval)) and "has 1 layer" in line
 
 
 @pytest.mark.parametrize("command", ["train", "replay", "score"])
