@@ -83,7 +83,7 @@ class EntropyFlowConfig(Group):
     output: str = flag("folder: entropy_flow.json and figures", metavar="DIR")
     final_norm: bool = flag("the policies behind the final norm as well", False)
     per_token: bool = flag("write the values of every token too: entropy_flow.npz", False)
-    heatmap_response: int = flag("the response of the token heatmap, from 1", 1, low=1)
+    heatmap_response: int | None = flag("the response of the token heatmap, from 1 (default: the first)", None, low=1)
     max_tokens_per_micro_batch: int = same_flag(BatchConfig, "max_tokens_per_micro_batch", default=4096)
     num_prompts: int | None = same_flag(GenerateConfig, "num_prompts")
     n_samples_per_prompt: int = same_flag(GenerateConfig, "n_samples_per_prompt")

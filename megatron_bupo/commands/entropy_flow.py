@@ -33,7 +33,7 @@ def run(config: EntropyFlowConfig) -> None:
     rollouts = None if config.rollouts is None else read_rollouts(config.rollouts, arch.vocab_size)
     if rollouts is not None:
         check_measurable(rollouts, str(config.rollouts))
-    _check_heatmap(config.heatmap_response, len(prompting.requests) if prompting else 0, rollouts)
+    shown = _heatmap_response(config.heatmap_response, len(prompting.requests) if prompting else 0, rollouts)
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     with parallel_state(config.parallel, config.seed) as state:
         from megatron_bupo.analysis.entropy_flow import measure
@@ -49,12 +49,12 @@ def run(config: EntropyFlowConfig) -> None:
             config.max_tokens_per_micro_batch,
             final_norm=config.final_norm,
             per_token=config.per_token,
-            heatmap=config.heatmap_response,
+            heatmap=shown,
             progress=True,
         )
         if state.rank == 0:
             output = Path(config.output)
-            heatmap = measured.heatmap(config.heatmap_response, tokenizer)
+            heatmap = measured.heatmap(shown, tokenizer)
             flow = measured.summary(Path(folder).resolve().name, heatmap)
             written = [write_flow(output, flow), *draw_flows({flow.model: flow}, output)]
             if config.per_token and measured.tokens is not None:
@@ -63,12 +63,17 @@ def run(config: EntropyFlowConfig) -> None:
             _report(flow, written)
 
 
-def _check_heatmap(number: int, num_requests: int, rollouts: list[Rollout] | None) -> None:
+def _heatmap_response(given: int | None, num_requests: int, rollouts: list[Rollout] | None) -> int:
+    """Which response the heatmap shows, from 1: the one given, or the first of which the policy wrote a token."""
     count = num_requests if rollouts is None else len(rollouts)
-    if number > count:
-        raise UsageError(f"--heatmap-response {number}: there are responses 1 to {count}")
-    if rollouts is not None and not any(rollouts[number - 1].mask):
-        raise UsageError(f"--heatmap-response {number}: the policy wrote no token of it; choose another response")
+    has_tokens = [True] * count if rollouts is None else [any(rollout.mask) for rollout in rollouts]
+    if given is None:
+        return 1 + has_tokens.index(True)
+    if given > count:
+        raise UsageError(f"--heatmap-response {given}: there are responses 1 to {count}")
+    if not has_tokens[given - 1]:
+        raise UsageError(f"--heatmap-response {given}: the policy wrote no token of it; choose another response")
+    return given
 
 
 def _answer(config: EntropyFlowConfig, prompting: Prompting, state: ParallelState, dtype: torch.dtype) -> list[Rollout]:

@@ -73,9 +73,11 @@ def test_without_a_tokenizer_the_heatmap_has_ids(folder: Path, tmp_path: Path) -
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / name).write_bytes((folder / "model" / name).read_bytes())
+    foreign = {"group": 0, "prompt_tokens": [5], "response_tokens": [6, 6], "response_mask": [0, 0]}
     record = {"group": 0, "prompt_tokens": [5], "response_tokens": [7, 8, 9], "response_mask": [1, 0, 1]}
-    (tmp_path / "rollouts.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "rollouts.jsonl").write_text(f"{json.dumps(foreign)}\n{json.dumps(record)}\n")
     flow = entropy_flow(tmp_path, "flow", "--rollouts", str(tmp_path / "rollouts.jsonl"))
-    assert flow["heatmap"]["tokens"] == ["7", "9"]
+    assert (flow["heatmap"]["response"], flow["heatmap"]["tokens"]) == (2, ["7", "9"])
+    assert flow["num_responses"] == 1
     assert flow["num_tokens"] == 2
     assert flow["selection"]["stable"] is False  # one response cannot be resampled

@@ -85,7 +85,7 @@ def test_rollouts_without_a_flow(case: Path, refused: Callable[..., str]) -> Non
     records = [json.loads(line) for line in file.read_text().splitlines()]
     unwritten = [record | {"response_mask": [0] * len(record["response_tokens"])} for record in records]
     file.write_text("".join(json.dumps(record) + "\n" for record in [unwritten[0], *records[1:]]))
-    assert "--heatmap-response 1: the policy wrote no token of it" in refused("entropy-flow")
+    assert "--heatmap-response 1: the policy wrote no token of it" in refused("entropy-flow", "--heatmap-response", "1")
     file.write_text("".join(json.dumps(record) + "\n" for record in unwritten))
     assert "step_000001.jsonl: no response tokens that the policy wrote" in refused("entropy-flow")
     one = unwritten[0] | {"response_mask": [1, *unwritten[0]["response_mask"][1:]]}
