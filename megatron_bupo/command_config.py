@@ -80,10 +80,12 @@ class EntropyFlowConfig(Group):
     parallel: ParallelConfig
     rollouts: str | None = flag("the responses, one record a line", None, metavar="FILE")
     prompt_data: list[str] | None = flag("or prompts, answered by the full policy first", None, metavar="FILE")
-    output: str = flag("folder: entropy_flow.json and figures", metavar="DIR")
+    output: str = flag("a new folder: entropy_flow.json and figures", metavar="DIR")
     final_norm: bool = flag("the policies behind the final norm as well", False)
     per_token: bool = flag("write the values of every token too: entropy_flow.npz", False)
-    heatmap_response: int | None = flag("the response of the token heatmap, from 1 (default: the first)", None, low=1)
+    heatmap_response: int | None = flag(
+        "the response of the token heatmap, from 1 (default: the first with tokens)", None, low=1
+    )
     max_tokens_per_micro_batch: int = same_flag(BatchConfig, "max_tokens_per_micro_batch", default=4096)
     num_prompts: int | None = same_flag(GenerateConfig, "num_prompts")
     n_samples_per_prompt: int = same_flag(GenerateConfig, "n_samples_per_prompt")
@@ -102,7 +104,7 @@ class EntropyFlowConfig(Group):
         if (self.rollouts is None) == (self.prompt_data is None):
             given = "nothing" if self.rollouts is None else "both --rollouts and --prompt-data"
             raise UsageError(f"{given} to measure on: give --rollouts FILE or --prompt-data FILE...")
-        check_folder("output", self.output)
+        check_folder("output", self.output, taken="entropy_flow.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ class PlotConfig(Group):
     flow: list[str] | None = flag("entropy_flow.json files, or their folders; side by side", None, metavar="PATH")
     runs: list[str] | None = flag("folders of training runs: their rewards by step", None, metavar="DIR")
     labels: list[str] | None = flag("names in the figures, one for each PATH, then DIR", None, metavar="TEXT")
-    output: str = flag("folder of the figures", metavar="DIR")
+    output: str = flag("folder of the figures; those of the same names are replaced", metavar="DIR")
 
     def check(self) -> None:
         super().check()

@@ -30,7 +30,7 @@ class StopBound:
             UsageError: anything else, or a number that could never or would always be crossed.
         """
         name, _, number = text.partition(":")
-        if name not in _LIMITS:
+        if name not in _LIMITS or not number:
             raise UsageError(f"--internal-stop {text}: must be kl:X, entropy:X, length:X or accuracy:X")
         above, most = _LIMITS[name]
         try:

@@ -1,4 +1,9 @@
-"""Measuring the entropy flow inside a model, in any layout: means by layer over the tokens that the model generated."""
+"""Measuring the entropy flow inside a model, in any layout: means by layer over the tokens that the model generated.
+
+model/capture.py   takes the states        flow_tokens.py   means and single tokens    flow_plots.py, heatmap.py
+model/flow.py      reduces them             stages.py        the suggested layer         figures
+this file          goes over the rollouts   flow_file.py     the numbers as json         flow_log.py   in training
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from megatron_bupo.analysis.flow_file import (
     Heatmap,
     check_measurable,
 )
-from megatron_bupo.analysis.flow_tokens import FlowTotals, TokenValues
+from megatron_bupo.analysis.flow_tokens import SINGLE_NAMES, FlowTotals, TokenValues
 from megatron_bupo.analysis.stages import select_layer
 from megatron_bupo.data.batches import pack_for
 from megatron_bupo.model.capture import captured_states
@@ -28,22 +33,20 @@ from megatron_bupo.model.policy import response_rows, run_schedule
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import MicroBatch, Rollout
 
-_SINGLE = ("embedding_resid", "embedding_resid_norm", "full")
-
 
 @dataclass(frozen=True)
 class FlowMeasurement:
     """What was measured, the same on every rank but for `tokens`.
 
     `mean` and `standard_error` have float64 [L] for each name of METRICS, [1] for embedding_resid,
-    embedding_resid_norm and full. `d_ffn` float64 [N, L] has each response's sum over its tokens, `num_tokens` [N]
+    embedding_resid_norm and full. `d_ffn_sums` float64 [N, L] has each response's sum over its tokens, `num_tokens` [N]
     their number. `tokens` are those asked for, on the first rank.
     """
 
     vocab_size: int
     mean: dict[str, np.ndarray]
     standard_error: dict[str, np.ndarray]
-    d_ffn: np.ndarray
+    d_ffn_sums: np.ndarray
     num_tokens: np.ndarray
     tokens: TokenValues | None
 
@@ -51,14 +54,14 @@ class FlowMeasurement:
         """The content of entropy_flow.json, with stages and suggested layer."""
         names = [name for name in (*METRICS, *NORM_METRICS) if name in self.mean]
         layers: list[dict[str, float]] = []
-        for index in range(self.d_ffn.shape[1]):
+        for index in range(self.d_ffn_sums.shape[1]):
             numbers = {name: float(self.mean[name][index]) for name in names}
             errors = {f"se_{name}": float(self.standard_error[name][index]) for name in names}
             layers.append({"layer": index + 1, **numbers, **errors})
-        single = {name: float(self.mean[name][0]) for name in _SINGLE}
-        single |= {f"se_{name}": float(self.standard_error[name][0]) for name in _SINGLE}
+        single = {name: float(self.mean[name][0]) for name in SINGLE_NAMES}
+        single |= {f"se_{name}": float(self.standard_error[name][0]) for name in SINGLE_NAMES}
         selection = select_layer(
-            self.mean["d_ffn"].tolist(), self.mean["resid"].tolist(), single["full"], self.d_ffn, self.num_tokens
+            self.mean["d_ffn"].tolist(), self.mean["resid"].tolist(), single["full"], self.d_ffn_sums, self.num_tokens
         )
         return EntropyFlow(
             model=model,
@@ -134,11 +137,15 @@ def measure(
                 kept.append(tokens)
             elif heatmap is not None:
                 kept.append(tokens.of_response(heatmap))
-    names = dict.fromkeys((*METRICS, *(NORM_METRICS if final_norm else ())), num_layers) | dict.fromkeys(_SINGLE, 1)
+    names = dict.fromkeys((*METRICS, *(NORM_METRICS if final_norm else ())), num_layers) | dict.fromkeys(
+        SINGLE_NAMES, 1
+    )
     totals.reduce(names, state.host_group)
     mean, standard_error = totals.means()
     tokens_of_all = _on_first_rank(kept, model)
-    return FlowMeasurement(model.arch.vocab_size, mean, standard_error, totals.d_ffn, totals.num_tokens, tokens_of_all)
+    return FlowMeasurement(
+        model.arch.vocab_size, mean, standard_error, totals.d_ffn_sums, totals.num_tokens, tokens_of_all
+    )
 
 
 def _generated_only(batch: MicroBatch) -> MicroBatch:

@@ -90,6 +90,15 @@ def check_measurable(rollouts: Sequence[Rollout], where: str) -> None:
         raise UsageError(f"{where}: {found} that the policy wrote (response_mask 1); give responses with 2 or more")
 
 
+def span_text(span: list[int] | None) -> str:
+    """The layers of a stage.
+
+    >>> span_text([1, 6]), span_text([4, 4]), span_text(None)
+    ('1-6', '4', 'none')
+    """
+    return "none" if span is None else "-".join(map(str, sorted(set(span))))
+
+
 def write_flow(folder: str | Path, flow: EntropyFlow) -> Path:
     """FOLDER/entropy_flow.json, written beside and renamed."""
     path = Path(folder) / FILE_NAME
@@ -109,7 +118,10 @@ def read_flow(path: str | Path) -> EntropyFlow:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give an {FILE_NAME} that entropy-flow wrote") from error
+        hint = f"give an {FILE_NAME} that entropy-flow wrote"
+        if (path.parent / "metrics.jsonl").is_file():
+            hint = f"of a training run give {path.parent}/entropy_flow/step_... or {path.parent}/internal_layer"
+        raise UsageError(f"{path}: {error.strerror}; {hint}") from error
     except ValueError as error:
         raise UsageError(f"{path}: not JSON; give an {FILE_NAME} that entropy-flow wrote") from error
     if not isinstance(content, dict) or "schema" not in content:

@@ -85,7 +85,8 @@ def _entropy_flow(flows: Mapping[str, EntropyFlow]) -> Figure:
         _mark_stages(axes, flow, shift=-1 / 3)  # the middle of a layer's three points
         points = [(0.0, flow.embedding["resid"])]
         points += [(layer["layer"] + one.place, layer[one.name]) for layer in flow.layers for one in _SERIES]
-        axes.plot(*zip(*points, strict=True), color="0.65", linewidth=0.5, zorder=1.5, label="order of computation")
+        grey = "0.65" if len(flow.layers) <= 20 else "0.82"  # many lines would hide what they join
+        axes.plot(*zip(*points, strict=True), color=grey, linewidth=0.5, zorder=1.5, label="order of computation")
         embedding = flow.embedding["resid"], flow.embedding["se_resid"]
         for one in _SERIES:
             _draw(axes, flow, one.name, one, below=embedding if one.name == "resid" else None)
@@ -99,6 +100,7 @@ def _entropy_flow(flows: Mapping[str, EntropyFlow]) -> Figure:
         axes.axhline(final, color="black", linewidth=1.0, linestyle="--", label="full policy")
         axes.axhline(math.log(flow.vocab_size), color="black", linewidth=1.0, linestyle=":", label="uniform, log V")
         axes.set_ylim(bottom=0.0)
+        axes.set_xlabel("layer (its attention and FFN stand before it)", fontsize=MEDIUM)
     return _finish(figure, columns)
 
 
@@ -207,7 +209,7 @@ def _mark_stages(axes: Axes, flow: EntropyFlow, shift: float = 0.0) -> None:
             axes.axvspan(span[0] - 0.5 + shift, span[1] + 0.5 + shift, color=shade, linewidth=0, zorder=0, label=stage)
     if flow.suggested_layer is not None:
         look: dict[str, Any] = {"color": COLOURS[3], "linewidth": 1.2, "linestyle": "-.", "label": "suggested layer"}
-        axes.axvline(flow.suggested_layer, zorder=0.5, **look)
+        axes.axvline(flow.suggested_layer, zorder=1.2, **look)  # above bars, below lines
 
 
 def _draw(axes: Axes, flow: EntropyFlow, name: str, one: _Series, below: tuple[float, float] | None = None) -> None:
@@ -220,7 +222,7 @@ def _draw(axes: Axes, flow: EntropyFlow, name: str, one: _Series, below: tuple[f
     look: dict[str, Any] = {"color": one.colour, "linewidth": 1.2, "marker": one.marker, "markersize": 3.5}
     axes.plot(xs, values, markevery=every, label=f"{one.words} {one.symbol}", **look)
     low, high = zip(*((value - error, value + error) for value, error in zip(values, errors, strict=True)), strict=True)
-    axes.fill_between(xs, low, high, color=one.colour, alpha=0.25, linewidth=0)
+    axes.fill_between(xs, low, high, color=one.colour, alpha=0.25, linewidth=0, label="± 1 standard error")
 
 
 def _finish(figure: Figure, columns: list[list[Axes]]) -> Figure:

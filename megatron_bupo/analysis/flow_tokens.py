@@ -16,6 +16,9 @@ from megatron_bupo.files import new_file
 from megatron_bupo.model.flow import TokenFlow
 from megatron_bupo.samples import MicroBatch
 
+# Beside the numbers of the layers: entropy and norm of H_0, entropy of the full policy.
+SINGLE_NAMES = ("embedding_resid", "embedding_resid_norm", "full")
+
 
 @dataclass(frozen=True)
 class TokenValues:
@@ -33,12 +36,8 @@ class TokenValues:
     @classmethod
     def of(cls, batch: MicroBatch, flow: TokenFlow) -> TokenValues:
         """Those of a micro-batch."""
-        single = {
-            "embedding_resid": flow.embedding_resid,
-            "embedding_resid_norm": flow.embedding_norm,
-            "full": flow.full,
-        }
-        tensors = {**flow.layers, **{name: column[None] for name, column in single.items()}}
+        single = (flow.embedding_resid, flow.embedding_norm, flow.full)
+        tensors = flow.layers | {name: column[None] for name, column in zip(SINGLE_NAMES, single, strict=True)}
         response = np.asarray(batch.responses, dtype=np.int64)[batch.segments.cpu().numpy()] + 1
         return cls(response, batch.targets.cpu().numpy(), {k: v.cpu().numpy() for k, v in tensors.items()})
 
@@ -71,19 +70,19 @@ class FlowTotals:
 
     Attributes:
         num_tokens: float64 [N] tokens of each response.
-        d_ffn: float64 [N, L] each response's sum.
+        d_ffn_sums: float64 [N, L] each response's sum of d_ffn.
     """
 
     def __init__(self, num_responses: int, num_layers: int) -> None:
         self.num_tokens = np.zeros(num_responses)
-        self.d_ffn = np.zeros((num_responses, num_layers))
+        self.d_ffn_sums = np.zeros((num_responses, num_layers))
         self._sums: dict[str, np.ndarray] = {}
         self._squares: dict[str, np.ndarray] = {}
 
     def add(self, tokens: TokenValues) -> None:
         """Count in some tokens."""
         np.add.at(self.num_tokens, tokens.response - 1, 1)
-        np.add.at(self.d_ffn, tokens.response - 1, tokens.values["d_ffn"].T)
+        np.add.at(self.d_ffn_sums, tokens.response - 1, tokens.values["d_ffn"].T)
         for name, column in tokens.values.items():
             wide: np.ndarray = column.astype(np.float64)
             self._sums[name] = self._sums.get(name, 0.0) + wide.sum(axis=1)
@@ -95,14 +94,14 @@ class FlowTotals:
         Args:
             names: of every value, with the number of its rows; the same on every rank.
         """
-        tables = [self.num_tokens, self.d_ffn]
+        tables = [self.num_tokens, self.d_ffn_sums]
         tables += [self._sums.get(name, np.zeros(rows)) for name, rows in names.items()]
         tables += [self._squares.get(name, np.zeros(rows)) for name, rows in names.items()]
         flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]))
         dist.all_reduce(flat, group=group)
         parts = np.split(flat.numpy(), np.cumsum([table.size for table in tables])[:-1])
         shaped = [part.reshape(table.shape) for part, table in zip(parts, tables, strict=True)]
-        self.num_tokens, self.d_ffn = shaped[:2]
+        self.num_tokens, self.d_ffn_sums = shaped[:2]
         self._sums = dict(zip(names, shaped[2 : 2 + len(names)], strict=True))
         self._squares = dict(zip(names, shaped[2 + len(names) :], strict=True))
 

@@ -116,6 +116,8 @@ def reward_curves(runs: Mapping[str, str | Path], output: str | Path, window: in
     Raises:
         UsageError: metrics of a run that cannot be read.
     """
+    from matplotlib.ticker import MaxNLocator
+
     all_metrics = {name: read_metrics(run) for name, run in runs.items()}
     figure = new_figure(7.0, 4.0)
     axes = figure.subplots()
@@ -138,6 +140,7 @@ def reward_curves(runs: Mapping[str, str | Path], output: str | Path, window: in
     low, high = axes.get_ylim()
     axes.set_ylim(low, low + (high - low) / (1 - _ROW * rows))
     axes.set(xlabel="step", ylabel="mean reward", title=f"Reward by step (line: mean of the last {window} steps)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     for text in figure.legend(frameon=False, loc="outside lower center", ncols=4).get_texts():

@@ -195,12 +195,12 @@ def _stability(
         agreement[name] = share = float((ends == end).mean())
         low, high = (int(quantile) for quantile in np.quantile(ends, [0.05, 0.95], method="inverted_cdf"))
         interval[name] = [low, high]
-        sentences.append(f"{name} ends at layer {end} in {100 * share:.1f} % (5 % to 95 %: {low} to {high})")
+        sentences.append(f"{100 * share:.1f} % have the end of {name} at {end} (5 % to 95 %: {low} to {high})")
     stable = min(agreement.values()) >= STABLE_SHARE
-    why = f"{'stable' if stable else 'not stable'}: of {NUM_RESAMPLES} resamples of {count} responses, "
+    why = f"{'stable' if stable else 'not stable'}: of {NUM_RESAMPLES} resamples of {count} responses "
     return {
         "stable": stable,
-        "stability": f"{why}{', '.join(sentences)}; stable takes {100 * STABLE_SHARE:.0f} %",
+        "stability": f"{why}{' and '.join(sentences)}; {100 * STABLE_SHARE:.0f} % of both are called stable",
         "num_responses": count,
         "num_resamples": NUM_RESAMPLES,
         "agreement": agreement,

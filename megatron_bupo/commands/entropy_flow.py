@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_bupo.analysis.flow_file import EntropyFlow, check_measurable, write_flow
+from megatron_bupo.analysis.flow_file import EntropyFlow, check_measurable, span_text, write_flow
 from megatron_bupo.analysis.flow_plots import draw_flows
 from megatron_bupo.command_config import EntropyFlowConfig
 from megatron_bupo.commands.prompting import Prompting
@@ -93,7 +93,7 @@ def _answer(config: EntropyFlowConfig, prompting: Prompting, state: ParallelStat
 
 def _report(flow: EntropyFlow, written: list[Path]) -> None:
     print(f"{flow.model}: {flow.num_tokens} tokens of {flow.num_responses} responses, {len(flow.layers)} layers")
-    stages = [f"{name} {f'{span[0]}-{span[1]}' if span else 'none'}" for name, span in flow.stages.items()]
+    stages = [f"{name} {span_text(span)}" for name, span in flow.stages.items()]
     print(f"stages: {', '.join(stages)}; {flow.selection['stability']}")
     print(f"suggested layer: {flow.suggested_layer or 'none'}; megatron-bupo select-layer --flow {written[0]} says why")
     for path in written:

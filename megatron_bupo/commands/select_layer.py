@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_bupo.analysis.flow_file import EntropyFlow, read_flow
+from megatron_bupo.analysis.flow_file import EntropyFlow, read_flow, span_text
 from megatron_bupo.analysis.stages import Selection, select_layer
 from megatron_bupo.command_config import SelectLayerConfig
 
@@ -24,16 +24,16 @@ def _report(flow: EntropyFlow, selection: Selection) -> Iterator[str]:
         yield "suggested layer: none"
     else:
         yield f"suggested layer: {suggested}, to train it: --internal-layer {suggested}"
+    if (flow.stages, flow.suggested_layer) != (selection.stages, suggested):
+        yield f"(the file says {flow.suggested_layer or 'none'}: it is of another version, or was edited)"
     yield ""
     yield from evidence["reasons"]
     yield f"stages {_stability(flow, selection)}"
     yield ""
     yield f"{'stage':<12}  {'layers':>7}  {'mean d_ffn':>10}      squared error {evidence['squared_error']:.4g}"
     for stage, span in selection.stages.items():
-        if span is None:
-            yield f"{stage:<12}  {'none':>7}"
-        else:
-            yield f"{stage:<12}  {_layers(span):>7}  {evidence['mean_d_ffn'][stage]:>+10.3f}"
+        mean = "" if span is None else f"{evidence['mean_d_ffn'][stage]:+.3f}"
+        yield f"{stage:<12}  {span_text(span):>7}  {mean:>10}".rstrip()
     yield ""
     yield from _table(flow, selection)
 
@@ -54,8 +54,3 @@ def _stability(flow: EntropyFlow, selection: Selection) -> str:
     """What the bootstrap said when the flow was measured: the file has no numbers of single responses to repeat it."""
     judged = flow.stages == selection.stages and "stability" in flow.selection
     return str((flow.selection if judged else selection.evidence)["stability"])
-
-
-def _layers(span: list[int]) -> str:
-    first, last = span
-    return f"{first}-{last}" if first < last else f"{first}"

@@ -63,7 +63,9 @@ def run(config: TrainConfig) -> None:
             from megatron_bupo.training.plan import describe_plan
 
             phases = schedule.describe()
-            phases = phases.replace(":1", ":auto") if is_open else phases
+            if is_open:
+                stand_in = str(schedule.specs[0])
+                phases = phases.replace(stand_in, stand_in.replace(":1", ":auto"))
             print(describe_plan(config, arch, phases, world_size_from_environment(), start.done))
         return
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
@@ -205,7 +207,7 @@ def _track(run: _Run, state: ParallelState) -> Tracker | None:
         from megatron_bupo.analysis.flow_log import log_flow
 
         chosen, tokens, why = flow.suggested_layer, flow.num_tokens, flow.selection["reasons"][1]
-        print(f"internal layer {chosen}, chosen on {tokens} tokens: {why}")
+        print(f"internal layer {chosen}, chosen on {tokens} tokens: {why}; {flow.selection['stability']}")
         log_flow(tracker, folder, 0, flow)
     elif flow is not None and folder is not None:
         write_flow(folder, flow)

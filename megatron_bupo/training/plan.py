@@ -112,12 +112,15 @@ def _files(config: TrainConfig) -> list[str]:
         files += [str(Path(run.save) / name) for name in ("run.json", "metrics.jsonl")]
     if run.save and run.save_interval:
         files.append(f"{run.save}/iter_{run.save_interval:07d}/ ... (every {run.save_interval} steps and the last)")
-        files += [str(Path(run.save) / name) for name in ("latest_checkpointed_iteration.txt", "hf/")]
+        files += [f"{run.save}/latest_checkpointed_iteration.txt", f"{run.save}/hf/"]
     schedule = config.schedule
     if run.save_interval and config.batch.monitor_responses and (schedule.internal_steps or schedule.policy_schedule):
-        files.append(f"{run.save}/watch_step_....jsonl (with checkpoints of an internal phase)")
-    if run.save and (run.entropy_flow_interval or schedule.is_auto):
-        files.append(f"{run.save}/entropy_flow/step_.../entropy_flow.json")
+        files.append(f"{run.save}/watch_step_000001.jsonl ... (with the checkpoints of an internal phase)")
+    if run.save and schedule.is_auto:
+        files.append(f"{run.save}/internal_layer/entropy_flow.json")
+    if run.save and run.entropy_flow_interval:
+        every = run.entropy_flow_interval
+        files.append(f"{run.save}/entropy_flow/step_{every:06d}/entropy_flow.json ... (every {every} steps)")
     board = run.tensorboard_dir or (str(Path(run.save) / "tensorboard") if run.save else None)
     if board:
         files.append(f"{board}/ (TensorBoard)")

@@ -99,9 +99,9 @@ class Trainer:
                 metrics = self.step(step)
                 if self.tracker is not None:
                     self.tracker.log(metrics)
-                    bar.write(console_line(metrics, last))
                     if "internal_stop" in metrics:
                         bar.write(f"the internal phase ended before step {step}: {metrics['internal_stop']}")
+                    bar.write(console_line(metrics, last))
                 bar.update()
                 if save is not None and interval is not None and (step % interval == 0 or step == last):
                     save(step)

@@ -1,4 +1,7 @@
-"""The entropy flow of SmolLM2-135M: every number equals HuggingFace, whole and cut into two stages."""
+"""The entropy flow of SmolLM2-135M: every number equals HuggingFace, whole, in two stages and on three ranks.
+
+Its 9 heads cannot be divided by two: TP is 3.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,10 @@ def test_smollm2_equals_huggingface(smollm2: Path, rollouts: list[Rollout], tmp_
     del model
     words = ["-m", "megatron_bupo", "entropy-flow", "--hf-model", str(smollm2), "--final-norm", "--per-token"]
     words += ["--rollouts", str(tmp_path / "rollouts.jsonl"), "--heatmap-response", "2"]
-    for name, layout in {"one": [], "two": ["--pipeline-model-parallel-size", "2"]}.items():
-        assert_passed(torchrun(len(layout) or 1, *words, *layout, "--output", str(tmp_path / name)))
+    layouts = {"one": (1, "pipeline"), "two": (2, "pipeline"), "three": (3, "tensor")}
+    for name, (processes, kind) in layouts.items():
+        layout = [f"--{kind}-model-parallel-size", str(processes)]
+        assert_passed(torchrun(processes, *words, *layout, "--output", str(tmp_path / name)))
         flow = json.loads((tmp_path / name / "entropy_flow.json").read_text())
         assert flow["num_tokens"] == sum(len(rollout.response_tokens) for rollout in rollouts)
         assert abs(flow["final_entropy"] - float(means["full"])) < 1e-3
@@ -53,7 +58,8 @@ def test_smollm2_equals_huggingface(smollm2: Path, rollouts: list[Rollout], tmp_
                 assert (mean - means[metric]).abs().max() < 1e-3, metric
                 assert (error - errors[metric]).abs().max() < 1e-3, metric
                 single = torch.from_numpy(tokens[metric].astype(np.float64))
-                assert (single - values[metric]).abs().max() < 5e-3, metric  # KL and norms of several hundreds in fp32
+                # KL and norms of single tokens go up to 1,000, in fp32.
+                assert ((single - values[metric]).abs() < 1e-3 + 1e-5 * values[metric].abs()).all(), metric
         assert "".join(flow["heatmap"]["tokens"]) == ANSWERS["Is 7 a prime number?"]
         for figure in ("entropy_flow", "entropy_change", "residual_cosine", "agreement", "token_heatmap"):
             assert (tmp_path / name / f"{figure}.png").stat().st_size > 10_000

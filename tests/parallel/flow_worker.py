@@ -35,7 +35,7 @@ def differences(measured: Any, expected: dict[str, Any], first_rank: bool) -> di
     tokens = [int(count) for count in expected["num_tokens"]]
     compare("num_tokens", measured.num_tokens, expected["num_tokens"])
     sums = torch.stack([part.sum(1) for part in expected["values"]["d_ffn"].split(tokens, dim=1)])
-    compare("d_ffn of responses", measured.d_ffn, sums)
+    compare("d_ffn of responses", measured.d_ffn_sums, sums)
     for name, values in expected["values"].items():
         ours = NAMES.get(name, name)
         compare(f"mean {name}", measured.mean[ours], expected["means"][name])

@@ -31,7 +31,8 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
         ("auto", "give --internal-steps"),
     ],
     "internal-stop": [
-        ("kl", "must be above 0"),
+        ("kl", "must be kl:X"),
+        ("kl:much", "must be above 0"),
         ("kl:0", "must be above 0"),
         ("reward:1", "must be kl:X"),
         ("length:1", "must be above 1"),

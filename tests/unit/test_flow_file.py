@@ -75,6 +75,9 @@ def test_what_is_no_whole_flow_is_refused(broken: str, tmp_path: Path) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"No such file or directory; give an entropy_flow\.json"):
         read_flow(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"of a training run give .*/entropy_flow/step_\.\.\. or .*/internal_layer"):
+        read_flow(tmp_path)
     for text in ("", "{", "[1]", '"flow"'):
         (tmp_path / "flow.json").write_text(text)
         with pytest.raises(UsageError, match=r"give an entropy_flow\.json that entropy-flow wrote"):

@@ -44,7 +44,7 @@ def test_totals_equal_numpy_on_everything(parts: list[TokenValues]) -> None:
         np.testing.assert_allclose(error[name], together.std(axis=1, ddof=1) / np.sqrt(306), rtol=1e-6)
     d_ffn = np.concatenate([part.values["d_ffn"] for part in parts], axis=1).astype(np.float64)
     for number in range(1, RESPONSES + 1):
-        np.testing.assert_allclose(totals.d_ffn[number - 1], d_ffn[:, response == number].sum(axis=1), rtol=1e-12)
+        np.testing.assert_allclose(totals.d_ffn_sums[number - 1], d_ffn[:, response == number].sum(axis=1), rtol=1e-12)
 
 
 def test_joined_is_ordered_by_response_and_keeps_the_order_within(parts: list[TokenValues], tmp_path: Path) -> None:

@@ -306,6 +306,24 @@ def test_the_plan_names_flags_phases_layout_and_files(model: Path, tmp_path: Pat
     assert not run.exists()
 
 
+def test_the_plan_names_what_looks_on_writes(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--internal-layer", "auto", "--internal-steps", "1", "--save", str(run), "--save-interval", "2"]
+
+    def files(*more: str) -> list[str]:
+        config = train_config(model, *flags, *more)
+        plan = describe_plan(config, Architecture.from_hf(model), "steps", world_size=1).splitlines()
+        return [line.strip().removeprefix(f"{run}/") for line in plan[plan.index("files that would be written") + 1 :]]
+
+    measured = "entropy_flow/step_000002/entropy_flow.json ... (every 2 steps)"
+    watched = "watch_step_000001.jsonl ... (with the checkpoints of an internal phase)"
+    assert "hf/" in files()
+    assert {"internal_layer/entropy_flow.json", watched} <= set(files()) and measured not in files()
+    assert measured in files("--entropy-flow-interval", "2")
+    assert watched not in files("--monitor-responses", "0")
+    assert "internal_layer/entropy_flow.json" not in files("--internal-layer", "2")
+
+
 def test_a_plan_that_keeps_nothing_says_so(model: Path) -> None:
     plan = describe_plan(
         train_config(model), Architecture.from_hf(model), PolicySchedule.parse("full", 3).describe(), 1

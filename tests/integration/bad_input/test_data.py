@@ -126,6 +126,10 @@ def test_outputs_that_are_taken(case: Path, refused: Callable[..., str]) -> None
         assert "already holds" in refused("train", out_exists=True)
         assert sorted(taken.rglob("*")) == before
         shutil.rmtree(taken)
+    (taken / "flow").mkdir(parents=True)
+    (taken / "flow" / "entropy_flow.json").write_text("{}")
+    assert "flow: already holds entropy_flow.json of an earlier run" in refused("entropy-flow", out_exists=True)
+    shutil.rmtree(taken)
     taken.write_text("a file")
     for command in COMMANDS:
         assert "out is a file, not a folder" in refused(command, out_exists=True)
