@@ -237,7 +237,7 @@ class BatchConfig(Group):
 
     global_batch_size: int | None = flag("responses per optimizer step (default: the whole step)", None, low=1)
     max_tokens_per_micro_batch: int = flag("responses are packed to this; a longer one travels alone", 16384, low=1)
-    entropy_flow_responses: int = flag("responses whose entropy flow is measured", 16, low=1)
+    entropy_flow_responses: int = flag("responses of a step whose entropy flow is measured", 64, low=1)
     monitor_responses: int = flag(
         "responses whose full policy is watched in an internal phase, now and at its start; 0 = off", 64, low=0
     )

@@ -59,15 +59,14 @@ class UnembeddingEverywhere:
     def __init__(self, chunks: Sequence[HiddenStateModel], state: ParallelState, vocab_size: int) -> None:
         config = chunks[0].config
         self._state, self._vocab_size, self._eps = state, vocab_size, config.layernorm_epsilon
-        self.hidden_size = config.hidden_size
         weight = norm = None
         if state.is_last_stage:
             weight = unembedding_weight(chunks[-1]).detach()
             norm = chunks[-1].decoder.final_layernorm.weight.detach()
         rows = torch.tensor(0 if weight is None else len(weight), device=state.device)
         num_rows = int(self.from_stage(-1, rows, (), torch.int64))
-        self._weight = self.from_stage(-1, weight, (num_rows, self.hidden_size), config.params_dtype)
-        self._norm = self.from_stage(-1, norm, (self.hidden_size,), config.params_dtype)
+        self._weight = self.from_stage(-1, weight, (num_rows, config.hidden_size), config.params_dtype)
+        self._norm = self.from_stage(-1, norm, (config.hidden_size,), config.params_dtype)
         numbers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
         self._order = torch.cat(self._from_all_stages(torch.tensor(numbers, device=state.device))).argsort()
 
