@@ -59,10 +59,9 @@ def test_prompts_are_answered_and_measured(folder: Path) -> None:
 
 
 def test_bf16_is_near_fp32(folder: Path) -> None:
-    rollouts = ["--prompt-data", str(folder / "prompts.jsonl"), "--rollout-max-response-len", "9"]
-    entropy_flow(folder, "fp32", *rollouts)
-    given = ["--rollouts", str(folder / "fp32" / "rollouts.jsonl")]
-    full, half = entropy_flow(folder, "again32", *given), entropy_flow(folder, "bf16", *given, "--bf16")
+    prompts = ["--prompt-data", str(folder / "prompts.jsonl"), "--rollout-max-response-len", "9"]
+    full = entropy_flow(folder, "fp32", *prompts)
+    half = entropy_flow(folder, "bf16", "--rollouts", str(folder / "fp32" / "rollouts.jsonl"), "--bf16")
     for name in ("resid", "attn", "ffn", "d_ffn", "cos_attn", "kl_full"):
         assert abs(column(half, name) - column(full, name)).max() < 0.02, name
     assert abs(column(half, "resid") - column(full, "resid")).max() > 0  # it did run in bf16
