@@ -161,7 +161,8 @@ class Trainer:
             try:
                 flow = flow_of_step(self.actor, rollouts, f"step {step}", self.config)
             except UsageError as error:  # the same on every rank; what only looks on ends no run
-                warnings.warn(f"the entropy flow of step {step} was not measured: {error}", stacklevel=1)
+                if self.state.rank == 0:
+                    warnings.warn(f"the entropy flow of step {step} was not measured: {error}", stacklevel=1)
                 return
             if self.tracker is not None:
                 save = self.config.run.save
