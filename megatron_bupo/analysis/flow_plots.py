@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_bupo.analysis.flow_file import STAGES, EntropyFlow
+from megatron_bupo.analysis.flow_file import STAGES, EntropyFlow, span_text
 from megatron_bupo.analysis.heatmap import token_heatmap
 from megatron_bupo.analysis.plots import COLOURS, FORMATS, PLAIN_TEXT, drawable, new_figure, save_figure
 
@@ -195,8 +195,7 @@ def _grid(
 
 def _title(label: str, flow: EntropyFlow, width: int) -> str:
     """The name in lines of at most `width` characters, and where the stages are."""
-    spans = [flow.stages[stage] for stage in STAGES]
-    words = ["none" if span is None else "–".join(map(str, sorted(set(span)))) for span in spans]
+    words = [span_text(flow.stages[stage]).replace("-", "–") for stage in STAGES]
     suggested = "no suggested layer" if flow.suggested_layer is None else f"suggested layer {flow.suggested_layer}"
     return "\n".join([*wrap(drawable(label), width), f"stages {' / '.join(words)}, {suggested}"])
 

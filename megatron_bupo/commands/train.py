@@ -17,6 +17,7 @@ from megatron_bupo.commands.auto_layer import (
     describe_choice,
     layer_of_run,
 )
+from megatron_bupo.commands.prompting import sampling_params
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
@@ -25,7 +26,6 @@ from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
 from megatron_bupo.rewards.runner import RewardFunction, RewardRunner
 from megatron_bupo.rl.schedule import PolicySchedule
-from megatron_bupo.rollout.engine import SamplingParams, stop_token_ids
 from megatron_bupo.rollout.source import EmbeddedGeneration, FirstStepKept, Replay, RolloutSource
 from megatron_bupo.tracking import Tracker, describe_run, fingerprint
 from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start
@@ -92,7 +92,7 @@ class _Run:
     schedule: PolicySchedule
     identity: RunIdentity
     start: Start
-    flow: EntropyFlow | None = None
+    flow: EntropyFlow | None
 
 
 def _schedule(config: TrainConfig, layer: int | None) -> PolicySchedule:
@@ -164,13 +164,7 @@ def _source(config: TrainConfig, prompts: PromptSet | None, state: ParallelState
     from megatron_bupo.rollout.local import LocalEngine
 
     tokenizer = load_tokenizer(config.model.hf_model)
-    params = SamplingParams(
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.rollout_top_p,
-        max_new_tokens=rollout.rollout_max_response_len,
-        stop_token_ids=stop_token_ids(config.model.hf_model, tokenizer),
-        seed=config.run.seed,
-    )
+    params = sampling_params(rollout, config.model.hf_model, tokenizer, config.run.seed)
     engine = LocalEngine(config.model.hf_model, dtype, state.device, max_batch_size=rollout.rollout_micro_batch_size)
     rewards = None
     if state.rank == 0:
