@@ -33,7 +33,7 @@ REQUIREMENTS = [
 
 EXTRAS = {
     # The client only. A server wants an environment of its own: sglang pins another torch than the one above.
-    "sglang": ["requests>=2.31"],
+    "sglang": ["httpx2>=2.10,<3"],
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.8"],
     "dev": [
         "accelerate>=1.0",  # transformers reads GGUF only with it

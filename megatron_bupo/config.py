@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group, check_file, check_folder, flag
 from megatron_bupo.policy_spec import INTERNAL_MODULES
+from megatron_bupo.rollout_config import RolloutConfig, SGLangConfig
 from megatron_bupo.stop_bounds import StopBound
 
 AUTO = "auto"
@@ -210,28 +211,6 @@ class DataConfig(Group):
 
 
 @dataclass(frozen=True)
-class RolloutConfig(Group):
-    """rollouts"""
-
-    rollout_engine: str = flag("who generates", "local", choices=("local", "sglang"))
-    rollout_batch_size: int = flag("prompts a step", 128, low=1)
-    n_samples_per_prompt: int = flag("responses to each prompt", 8, low=1)
-    rollout_max_response_len: int = flag("tokens", 8192, low=1)
-    rollout_temperature: float = flag("divides the sampled and the trained logits", 1.0, above=0)
-    rollout_top_p: float = flag("sample from the most likely tokens of this mass", 1.0, above=0, high=1)
-    rollout_micro_batch_size: int = flag("sequences that the local engine generates at once", 64, low=1)
-    save_rollouts: str | None = flag("write every step's rollouts there", None, metavar="DIR")
-    load_rollouts: str | None = flag("replay the rollouts written there, without an engine", None, metavar="DIR")
-
-    def check(self) -> None:
-        super().check()
-        if self.rollout_engine == "sglang":
-            raise UsageError("--rollout-engine sglang: is not there yet; use --rollout-engine local")
-        if self.load_rollouts is not None and not Path(self.load_rollouts).is_dir():
-            raise UsageError(f"--load-rollouts {self.load_rollouts}: no such folder; give one of step_000001.jsonl ...")
-
-
-@dataclass(frozen=True)
 class BatchConfig(Group):
     """batches"""
 
@@ -292,6 +271,7 @@ class TrainConfig(Group):
     algorithm: AlgorithmConfig
     data: DataConfig
     rollout: RolloutConfig
+    sglang: SGLangConfig
     batch: BatchConfig
     run: RunConfig
 
@@ -300,6 +280,7 @@ class TrainConfig(Group):
         # A run that goes on writes the rollouts of its last steps again.
         taken = None if self.run.continues else "step_000001.jsonl"
         check_folder("save_rollouts", self.rollout.save_rollouts, taken=taken)
+        self.sglang.check_engine(self.rollout.rollout_engine, self.run.save)
         self._check_source()
         self._check_sizes()
         self._check_stop()

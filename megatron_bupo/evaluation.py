@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_bupo.data.batches import pack_for
 from megatron_bupo.data.rollout_files import write_lines
@@ -40,6 +41,21 @@ def score_rollouts(
     scores = {index: score for part in parts for index, score in part.items()}
     assert len(scores) == len(rollouts), f"{len(scores)} scores for {len(rollouts)} responses"
     return [scores[index] for index in range(len(rollouts))]
+
+
+@dataclass(frozen=True)
+class ModelForEngine:
+    """The model in training as a rollout engine sees it (rollout.engine.TrainedModel)."""
+
+    model: ParallelModel
+    max_tokens: int
+
+    def hf_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        return self.model.hf_tensors()
+
+    def logprobs(self, tokens: list[int]) -> list[float]:
+        rollout = Rollout(group=0, prompt_tokens=tokens[:1], response_tokens=tokens[1:])
+        return score_rollouts(self.model, [rollout], PolicySpec(), 1.0, self.max_tokens)[0].logprobs
 
 
 def write_scores(path: str | Path, scores: Sequence[Score]) -> None:

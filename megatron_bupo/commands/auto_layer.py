@@ -65,11 +65,11 @@ def choose_layer(
         UsageError: no layer suggests itself.
     """
     from megatron_bupo.analysis.flow_log import flow_of_step
+    from megatron_bupo.evaluation import ModelForEngine
     from megatron_bupo.model.parallel_model import ParallelModel
 
     model = ParallelModel(arch, weights, config.parallel, state, dtype, converted)
-    if converted is not None:  # the engine has the model's weights
-        source.update_weights(model.hf_tensors(), version="0")
+    source.update_weights(ModelForEngine(model, config.batch.max_tokens_per_micro_batch), version="0")
     # All take the first rank's: another machine's last digit could turn the scales.
     flows = [flow_of_step(model, source.first_step().rollouts, "start", config)]
     dist.broadcast_object_list(flows, src=0, group=state.host_group)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bupo.command_config import EntropyFlowConfig, GenerateConfig
-from megatron_bupo.config import RolloutConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
 from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.rollout.engine import GenerationRequest, SamplingParams, make_requests, stop_token_ids
+from megatron_bupo.rollout_config import RolloutConfig
 
 
 def sampling_params(

@@ -17,16 +17,16 @@ from megatron_bupo.commands.auto_layer import (
     describe_choice,
     layer_of_run,
 )
-from megatron_bupo.commands.prompting import sampling_params
+from megatron_bupo.commands.sources import make_source
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
 from megatron_bupo.errors import UsageError
 from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
-from megatron_bupo.rewards.runner import RewardFunction, RewardRunner
+from megatron_bupo.rewards.runner import RewardFunction
 from megatron_bupo.rl.schedule import PolicySchedule
-from megatron_bupo.rollout.source import EmbeddedGeneration, FirstStepKept, Replay, RolloutSource
+from megatron_bupo.rollout.source import FirstStepKept, RolloutSource
 from megatron_bupo.tracking import Tracker, describe_run, fingerprint
 from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start
 from megatron_bupo.weights.checkpoint_tree import HF
@@ -71,7 +71,7 @@ def run(config: TrainConfig) -> None:
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     with (
         parallel_state(config.parallel, config.run.seed) as state,
-        closing(_source(config, prompts, state, dtype)) as source,
+        closing(make_source(config, arch, prompts, state, dtype)) as source,
     ):
         if is_open:
             source = kept = FirstStepKept(source)
@@ -156,22 +156,6 @@ def _check_data(config: TrainConfig, arch: Architecture) -> PromptSet | None:
     return prompts
 
 
-def _source(config: TrainConfig, prompts: PromptSet | None, state: ParallelState, dtype: torch.dtype) -> RolloutSource:
-    rollout, data = config.rollout, config.data
-    if prompts is None:
-        assert rollout.load_rollouts is not None
-        return Replay(rollout.load_rollouts)
-    from megatron_bupo.rollout.local import LocalEngine
-
-    tokenizer = load_tokenizer(config.model.hf_model)
-    params = sampling_params(rollout, config.model.hf_model, tokenizer, config.run.seed)
-    engine = LocalEngine(config.model.hf_model, dtype, state.device, max_batch_size=rollout.rollout_micro_batch_size)
-    rewards = None
-    if state.rank == 0:
-        rewards = RewardRunner(data.reward, timeout_s=data.reward_timeout, num_workers=data.reward_workers)
-    return EmbeddedGeneration(engine, prompts, tokenizer, rewards, rollout, params, state)
-
-
 def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet | None) -> RunIdentity:
     """What makes this run this run: a resume compares it."""
     steps = config.schedule.train_iters
@@ -238,8 +222,7 @@ def _train(run: _Run, source: RolloutSource, state: ParallelState) -> None:
         save_checkpoint(actor, folder, run_state, Path(config.model.hf_model), flags.keep)
 
     try:
-        if flags.load is not None:  # the engine has the model's weights, not the checkpoint's
-            source.update_weights(actor.hf_tensors(), version=str(start.done))
+        source.update_weights(trainer.model_for_engine, version=str(start.done))  # whatever the engine has so far
         trainer.run(start.done, save if flags.save_interval else None)
     finally:
         if tracker is not None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -71,6 +71,16 @@ class Generation:
     weight_version: str
 
 
+class TrainedModel(Protocol):
+    """What an engine may ask of the model in training. Every call is a collective: all ranks take part in it."""
+
+    def hf_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """HuggingFace names and full (unsharded) tensors, always in the same order. A tied unembedding is not sent."""
+
+    def logprobs(self, tokens: list[int]) -> list[float]:
+        """Log-probs of tokens[1:], each given what precedes it: full policy, temperature 1, nats."""
+
+
 class RolloutEngine(ABC):
     """Generates responses with weights that the trainer pushes. In this process, or behind a server."""
 
@@ -81,11 +91,8 @@ class RolloutEngine(ABC):
         """One response per request, in the order of the requests."""
 
     @abstractmethod
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Take over a complete set of weights: HuggingFace names and full (unsharded) tensors, in any order.
-
-        A tied unembedding is not sent. What is generated from now on carries `version`.
-        """
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        """Take over the weights that `model` has now. What is generated from then on carries `version`."""
 
     @abstractmethod
     def close(self) -> None:

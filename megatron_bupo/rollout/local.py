@@ -6,7 +6,6 @@ is there: samples of one prompt share its prefill, and finished responses leave 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.policy_spec import PolicySpec
-from megatron_bupo.rollout.engine import Generation, GenerationRequest, Progress, RolloutEngine, SamplingParams
+from megatron_bupo.rollout.engine import (
+    Generation,
+    GenerationRequest,
+    Progress,
+    RolloutEngine,
+    SamplingParams,
+    TrainedModel,
+)
 from megatron_bupo.rollout.sampling import batch_noise, choose_tokens, sample_key
 
 
@@ -69,12 +75,12 @@ class LocalEngine(RolloutEngine):
         return [generations[i] for i in range(len(requests))]
 
     @torch.no_grad()
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def update_weights(self, model: TrainedModel, version: str) -> None:
         """See `RolloutEngine.update_weights`. Values are cast to the engine's dtype; what a cut removed is ignored."""
         assert self._model is not None, "the engine is closed"
         held = dict(self._model.named_parameters())
         seen = set()
-        for name, tensor in tensors:
+        for name, tensor in model.hf_tensors():
             assert name in self._names, f"weight update: unexpected {name}"
             assert name not in seen, f"weight update: {name} came twice"
             seen.add(name)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bupo.config import RolloutConfig
 from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
 from megatron_bupo.parallel.setup import ParallelState
@@ -22,11 +21,12 @@ from megatron_bupo.rollout.engine import (
     GenerationRequest,
     RolloutEngine,
     SamplingParams,
+    TrainedModel,
     make_requests,
 )
+from megatron_bupo.rollout.lead import LedModel, on_first_rank
+from megatron_bupo.rollout_config import RolloutConfig
 from megatron_bupo.samples import Rollout
-
-_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class RolloutBatch:
 
 
 class RolloutSource(Protocol):
-    """What the training loop asks for at the start of a step, and tells at its end."""
+    """What the training loop asks for at the start of a step, and tells at its end. Every call is a collective."""
 
     def rollouts(self, step: int) -> RolloutBatch: ...
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None: ...
+    def update_weights(self, model: TrainedModel, version: str) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Replay:
-    """Rollouts of an earlier run, as they stand. `weights` go nowhere: nothing is generated."""
+    """Rollouts of an earlier run, as they stand. Weights go nowhere: nothing is generated."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -57,22 +57,18 @@ class Replay:
     def rollouts(self, step: int) -> RolloutBatch:
         return RolloutBatch(read_rollouts(step_file(self._folder, step)))
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Nothing generates here; the stream is not even started."""
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        """Nothing generates here; the tensors are not even gathered."""
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-class EmbeddedGeneration:
-    """Prompts answered by an engine in every process, each taking its share, and rewarded on the first one.
-
-    A response depends on (seed, step, prompt, sample) alone, so the shares change nothing.
-    """
+class PromptedSource(ABC):
+    """Prompts that an engine answers, rewarded on the first rank."""
 
     def __init__(
         self,
-        engine: RolloutEngine,
         prompts: PromptSet,
         tokenizer: PreTrainedTokenizerBase,
         rewards: RewardRunner | None,
@@ -81,47 +77,97 @@ class EmbeddedGeneration:
         state: ParallelState,
     ) -> None:
         assert (rewards is not None) == (state.rank == 0), "the first rank, and only it, has the reward workers"
-        self._engine, self._prompts, self._tokenizer, self._rewards = engine, prompts, tokenizer, rewards
+        self._prompts, self._tokenizer, self._rewards = prompts, tokenizer, rewards
         self._config, self._params, self._state = config, params, state
         try:
-            self._ask_first_rank(lambda rewards: rewards.wait_until_loaded())
+            on_first_rank(state, lambda: self._reward_runner.wait_until_loaded())
         except Exception:
             self.close()
             raise
+
+    @abstractmethod
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        """Hand the model's weights to the engine."""
+
+    @abstractmethod
+    def _responses(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """One response per request, in their order, on every rank."""
+
+    @abstractmethod
+    def _close_engine(self) -> None:
+        """Give back what the engine holds. Safe to call twice."""
 
     def rollouts(self, step: int) -> RolloutBatch:
         started = time.perf_counter()
         prompts = self._prompts.batch(step, self._config.rollout_batch_size, self._params.seed)
         requests = make_requests(prompts, step, self._config.n_samples_per_prompt)
-        generations = generate_shared(self._engine, requests, self._params, self._state)
+        generations = self._responses(requests)
         unrewarded = to_rollouts(requests, generations, self._config.n_samples_per_prompt, self._tokenizer)
         generated = time.perf_counter()
-        result = self._ask_first_rank(lambda rewards: rewards.score(unrewarded))
+        result = on_first_rank(self._state, lambda: self._reward_runner.score(unrewarded))
         rollouts = [rollout.with_reward(reward) for rollout, reward in zip(unrewarded, result.rewards, strict=True)]
         seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
         return RolloutBatch(rollouts, result.timeouts, seconds)
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        self._engine.update_weights(tensors, version)
-
     def close(self) -> None:
-        self._engine.close()
+        self._close_engine()
         if self._rewards is not None:
             self._rewards.close()
 
-    def _ask_first_rank(self, question: Callable[[RewardRunner], _Answer]) -> _Answer:
-        """The answer of the first rank's reward workers, or their error, on every rank."""
-        outcome: list[Any] = [None]
-        if self._rewards is not None:
-            try:
-                outcome[0] = question(self._rewards)
-            except Exception as error:  # handed to every rank: they would wait for ever for the verdicts
-                outcome[0] = error
-        dist.broadcast_object_list(outcome, src=0, group=self._state.host_group)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        answer: _Answer = outcome[0]
-        return answer
+    @property
+    def _reward_runner(self) -> RewardRunner:
+        assert self._rewards is not None, "asked for on the first rank alone"
+        return self._rewards
+
+
+class EmbeddedGeneration(PromptedSource):
+    """An engine in every process, each answering its share.
+
+    A response depends on (seed, step, prompt, sample) alone, so the shares change nothing.
+    """
+
+    def __init__(self, engine: RolloutEngine, *others: Any) -> None:
+        self._engine = engine
+        super().__init__(*others)
+
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        self._engine.update_weights(model, version)
+
+    def _responses(self, requests: list[GenerationRequest]) -> list[Generation]:
+        return generate_shared(self._engine, requests, self._params, self._state)
+
+    def _close_engine(self) -> None:
+        self._engine.close()
+
+
+class ServedGeneration(PromptedSource):
+    """Servers, which the first rank alone talks to; the others wait for it, and take part when it needs the weights."""
+
+    def __init__(self, engine: RolloutEngine | None, *others: Any) -> None:
+        self._engine = engine
+        self._model: LedModel | None = None
+        super().__init__(*others)
+
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        led = self._model = LedModel(model, self._state)
+        led.run(lambda: self._first_ranks_engine.update_weights(led, version))
+
+    def _responses(self, requests: list[GenerationRequest]) -> list[Generation]:
+        assert self._model is not None, "weights are handed over before anything is generated"
+        return self._model.run(lambda: self._generate(requests))
+
+    def _generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        with tqdm(total=len(requests), desc="generate", unit=" resp", leave=False, disable=None) as bar:
+            return self._first_ranks_engine.generate(requests, self._params, bar.update)
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    @property
+    def _first_ranks_engine(self) -> RolloutEngine:
+        assert self._engine is not None, "asked for on the first rank alone"
+        return self._engine
 
 
 class FirstStepKept:
@@ -141,8 +187,8 @@ class FirstStepKept:
         kept, self._first = self._first, None
         return kept if kept is not None and step == 1 else self._source.rollouts(step)
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        self._source.update_weights(tensors, version)
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        self._source.update_weights(model, version)
 
     def close(self) -> None:
         self._source.close()

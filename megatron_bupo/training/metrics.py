@@ -51,6 +51,22 @@ def full_policy_metrics(seen: dict[str, float]) -> dict[str, float]:
     return {"entropy_full": seen["entropy"], **engine}
 
 
+def engine_alarm(metrics: dict[str, Any], bound: float) -> str | None:
+    """What to say where the engine's log-probs are further from the trainer's than `bound` nats on average; 0 = never.
+
+    >>> engine_alarm({"logprob_diff_mean": 0.25, "logprob_diff_max": 3.0}, bound=0.1)
+    'the engine is 0.25 nats from the trainer on average (at most 3), above --logprob-diff-alarm 0.1'
+    """
+    mean = metrics.get("logprob_diff_mean")
+    # Not `mean > bound`: a difference that is no number is the worst of all.
+    if mean is None or bound == 0 or mean <= bound:
+        return None
+    return (
+        f"the engine is {mean:.3g} nats from the trainer on average (at most {metrics['logprob_diff_max']:.3g}), "
+        f"above --logprob-diff-alarm {bound:g}"
+    )
+
+
 def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """How good and how long the responses of a step are on average; a reward of at least 1 is accurate."""
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]

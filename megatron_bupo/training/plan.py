@@ -23,6 +23,8 @@ def describe_plan(config: TrainConfig, arch: Architecture, phases: str, world_si
             f"  {phases}" + (f"; going on after step {done}" if done else ""),
             "layout",
             f"  {_layout(config, arch, world_size)}",
+            "rollouts",
+            f"  {_rollouts(config)}",
             "memory on the fullest rank, estimated (GB = 10^9 bytes)",
             *(f"  {name:<32}{size / _GB:9.3f} GB" for name, size in memory_estimate(config, arch, world_size).items()),
             "files that would be written",
@@ -58,6 +60,16 @@ def _layout(config: TrainConfig, arch: Architecture, world_size: int) -> str:
         f"in {stages} stage(s) of {arch.num_layers // stages}; sequence parallelism "
         f"{'on' if parallel.sequence_parallel else 'off'}"
     )
+
+
+def _rollouts(config: TrainConfig) -> str:
+    rollout, servers = config.rollout, config.sglang
+    if rollout.load_rollouts is not None:
+        return f"replayed from {rollout.load_rollouts}"
+    if rollout.rollout_engine == "local":
+        return "the embedded engine, in every process"
+    where = " ".join(servers.sglang_url or []) or f"{servers.sglang_num_servers} launched with the run"
+    return f"SGLang servers: {where}; weights by {servers.weight_sync}"
 
 
 def parameter_counts(arch: Architecture) -> dict[str, int]:
@@ -100,7 +112,7 @@ def memory_estimate(config: TrainConfig, arch: Architecture, world_size: int) ->
         "optimizer (fp32)": state,
         "activations": per_layer * arch.num_layers / tensor,
     }
-    if config.rollout.load_rollouts is None:
+    if config.rollout.load_rollouts is None and config.rollout.rollout_engine == "local":
         whole = counts["layer"] * arch.num_layers + counts["embedding"] + counts["unembedding"]
         sizes["embedded engine's model"] = float(whole * width)
     return sizes | {"sum": sum(sizes.values())}
@@ -124,6 +136,8 @@ def _files(config: TrainConfig) -> list[str]:
     board = run.tensorboard_dir or (str(Path(run.save) / "tensorboard") if run.save else None)
     if board:
         files.append(f"{board}/ (TensorBoard)")
+    if config.sglang.sglang_launch and run.save:
+        files.append(f"{run.save}/sglang/server_0.log ... ({config.sglang.sglang_num_servers} server(s))")
     if config.rollout.save_rollouts:
         files.append(f"{config.rollout.save_rollouts}/step_000001.jsonl ... ({config.schedule.train_iters} files)")
     if run.save_hf:

@@ -19,7 +19,7 @@ from megatron_bupo.data.batches import pack_for
 from megatron_bupo.data.packing import split_mini_batches
 from megatron_bupo.data.rollout_files import step_file, write_rollouts
 from megatron_bupo.errors import UsageError
-from megatron_bupo.evaluation import score_rollouts
+from megatron_bupo.evaluation import ModelForEngine, score_rollouts
 from megatron_bupo.parallel.reduce import reduce_everywhere
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
@@ -34,6 +34,7 @@ from megatron_bupo.training.metrics import (
     OBSERVED_MAXIMA,
     OBSERVED_SUMS,
     console_line,
+    engine_alarm,
     full_policy_metrics,
     means,
     observe,
@@ -86,6 +87,7 @@ class Trainer:
     ) -> None:
         self.config, self.schedule, self.actor, self.source, self.state = config, schedule, actor, source, state
         self.tracker, self.ended, self.watch = tracker, ended, watch
+        self.model_for_engine = ModelForEngine(actor, config.batch.max_tokens_per_micro_batch)
         self.loss = loss_config(config)
         self.temperature = config.rollout.rollout_temperature
         self._reference = actor.snapshot() if self.loss.kl_loss_coef else None
@@ -102,6 +104,9 @@ class Trainer:
                     if "internal_stop" in metrics:
                         bar.write(f"the internal phase ended before step {step}: {metrics['internal_stop']}")
                     bar.write(console_line(metrics, last))
+                    alarm = engine_alarm(metrics, self.config.rollout.logprob_diff_alarm)
+                    if alarm is not None:
+                        bar.write(f"step {step:3d}/{last}  warning: {alarm}")
                 bar.update()
                 if save is not None and interval is not None and (step % interval == 0 or step == last):
                     save(step)
@@ -125,7 +130,7 @@ class Trainer:
         with self._timed("update"):
             updates = [self.actor.update(batches, spec, self.loss, lr, self.temperature) for batches in mini_batches]
         with self._timed("weight_sync"):
-            self.source.update_weights(self.actor.hf_tensors(), version=str(step))
+            self.source.update_weights(self.model_for_engine, version=str(step))
         with self._timed("norms"):
             movement = self._movement(before)
         seconds = batch.seconds | self._seconds | {"step": time.perf_counter() - started}

@@ -15,13 +15,13 @@ from megatron_bupo.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RolloutConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
     check_world,
 )
 from megatron_bupo.errors import UsageError
+from megatron_bupo.rollout_config import RolloutConfig, SGLangConfig
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def train(model: ModelConfig, tmp_path: Path) -> TrainConfig:
         AlgorithmConfig(),
         DataConfig(prompt_data=[str(tmp_path / "prompts.jsonl")]),
         RolloutConfig(),
+        SGLangConfig(),
         BatchConfig(),
         RunConfig(),
     )
@@ -105,7 +106,10 @@ def test_groups_are_frozen(train: TrainConfig) -> None:
         ("batch", {"global_batch_size": 1000}, "must divide the 1024 responses of a step"),
         ("batch", {"global_batch_size": 2048}, "must divide the 1024 responses of a step"),
         ("data", {"prompt_data": None}, "give --prompt-data FILE... or --load-rollouts DIR"),
-        ("rollout", {"rollout_engine": "sglang"}, "sglang: is not there yet"),
+        ("rollout", {"rollout_engine": "sglang"}, "sglang: neither servers nor --sglang-launch; give --sglang-url"),
+        ("sglang", {"sglang_launch": True}, "--sglang-launch: goes only with --rollout-engine sglang"),
+        ("sglang", {"sglang_gpus": ["0", "1"]}, "--sglang-gpus 0 1: give one list for each of the 1 server"),
+        ("sglang", {"sglang_url": ["http://a:1", "http://a:1"]}, "give each server once"),
         ("run", {"save_interval": 10}, "--save DIR"),
         ("run", {"keep": 2}, "only with --save-interval"),
         ("run", {"allow_changed_run": True}, "only with --load"),
@@ -164,6 +168,26 @@ def test_replay_and_prompts_exclude_each_other(train: TrainConfig, tmp_path: Pat
     replayed.check()
     with pytest.raises(UsageError, match="is the folder that is replayed"):
         changed(replayed, "rollout", save_rollouts=f"{tmp_path}/../{tmp_path.name}").check()
+
+
+def test_servers_are_given_or_launched(train: TrainConfig) -> None:
+    served = changed(train, "rollout", rollout_engine="sglang")
+
+    def check(**values: object) -> None:
+        changed(served, "sglang", **values).check()
+
+    check(sglang_launch=True, sglang_num_servers=2, sglang_gpus=["0,1", "2,3"], sglang_args="--tp 2")
+    check(sglang_url=["http://127.0.0.1:30000", "https://[::1]:443/"], weight_sync="disk", weight_sync_dir="weights")
+    for words, values in {
+        "both --sglang-url and": {"sglang_launch": True, "sglang_url": ["http://a:1"]},
+        "--sglang-args: goes only with --sglang-launch": {"sglang_url": ["http://a:1"], "sglang_args": "--tp 2"},
+        "--weight-sync disk: needs --weight-sync-dir": {"sglang_launch": True, "weight_sync": "disk"},
+    }.items():
+        with pytest.raises(UsageError, match=words):
+            check(**values)
+    replay = changed(changed(served, "sglang", sglang_launch=True), "rollout", load_rollouts=".")
+    with pytest.raises(UsageError, match="needs no engine"):
+        changed(replay, "data", prompt_data=None).check()
 
 
 def test_files_that_are_read_must_exist(train: TrainConfig, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ PACKAGE = "megatron_bupo"
 # The longest name that a module begins with decides.
 FLOORS = {
     "errors": 0, "files": 0, "policy_spec": 0, "samples": 0,
-    "flags": 0, "stop_bounds": 0, "config": 0, "command_config": 0,
+    "flags": 0, "stop_bounds": 0, "config": 0, "rollout_config": 0, "command_config": 0,
     "rl": 1, "rewards": 1,
     "parallel": 2,
     "model": 3, "weights": 3,

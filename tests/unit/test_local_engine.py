@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +226,11 @@ def test_noise_is_gumbel_and_finite_in_the_tail() -> None:
     assert torch.equal(batch_noise([sample_key(0, 1, 2, 3)], 4, 50_000)[0], torch.from_numpy(noise[34]))
 
 
+def _trained(tensors: list[tuple[str, torch.Tensor]]) -> Any:
+    """A model in training that is these tensors: the embedded engine asks for nothing more."""
+    return SimpleNamespace(hf_tensors=lambda: tensors)
+
+
 def test_weights_are_replaced_by_name(folder: Path, tmp_path: Path) -> None:
     other = _write_model(tmp_path / "other", "qwen3" if "lm_head.weight" not in _names(folder) else "llama", seed=2)
     weights = dict(_reference(other).named_parameters())
@@ -231,7 +238,9 @@ def test_weights_are_replaced_by_name(folder: Path, tmp_path: Path) -> None:
     for policy in ("full", "layer:2", "attn:2@norm"):
         engine = _engine(folder, policy)
         before = engine.generate(requests, _params())
-        engine.update_weights(((name, weights[name].detach()) for name in sorted(weights, reverse=True)), "17")
+        engine.update_weights(
+            _trained([(name, weights[name].detach()) for name in sorted(weights, reverse=True)]), "17"
+        )
         after = engine.generate(requests, _params())
         assert {g.weight_version for g in before} == {"0"} and {g.weight_version for g in after} == {"17"}
         assert [g.tokens for g in before] != [g.tokens for g in after]
@@ -246,19 +255,19 @@ def test_incomplete_or_foreign_weights_are_a_bug(qwen3: Path) -> None:
     weights = [(name, tensor.detach()) for name, tensor in _reference(qwen3).named_parameters()]
     engine = _engine(qwen3, "layer:1")
     with pytest.raises(AssertionError, match=r"missing \['model.norm.weight'\]"):  # also where the cut has no norm
-        engine.update_weights([pair for pair in weights if pair[0] != "model.norm.weight"], "1")
+        engine.update_weights(_trained([pair for pair in weights if pair[0] != "model.norm.weight"]), "1")
     with pytest.raises(AssertionError, match=r"unexpected lm_head.weight"):  # tied
-        engine.update_weights([*weights, ("lm_head.weight", torch.zeros(VOCAB, 32))], "1")
+        engine.update_weights(_trained([*weights, ("lm_head.weight", torch.zeros(VOCAB, 32))]), "1")
     with pytest.raises(AssertionError, match="came twice"):
-        engine.update_weights([weights[0], weights[0]], "1")
+        engine.update_weights(_trained([weights[0], weights[0]]), "1")
     with pytest.raises(AssertionError, match="has shape"):
-        engine.update_weights([(weights[0][0], torch.zeros(3))], "1")
+        engine.update_weights(_trained([(weights[0][0], torch.zeros(3))]), "1")
 
 
 def test_weights_that_are_not_finite_are_noticed(qwen3: Path) -> None:
     engine = _engine(qwen3)
     weights = [(name, tensor.detach() * float("nan")) for name, tensor in _reference(qwen3).named_parameters()]
-    engine.update_weights(weights, "1")
+    engine.update_weights(_trained(weights), "1")
     with pytest.raises(FloatingPointError, match="not finite"):
         engine.generate(make_requests(PROMPTS, 1, 1), _params())
 

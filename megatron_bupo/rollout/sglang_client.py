@@ -1,0 +1,140 @@
+"""HTTP to one SGLang server (or router): requests out, JSON back, and every failure as one kind of error.
+
+Endpoints and answers are those of sglang 0.5.23. Proxies of the environment are not used: servers are near.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from megatron_bupo.errors import UsageError
+
+if TYPE_CHECKING:
+    import httpx2
+
+CONNECT_S = 10.0
+"""Seconds to open a connection; what an answer may take differs by request."""
+
+
+class ServerError(RuntimeError):
+    """A server did not do what it was asked: dead, late, refusing, or talking nonsense. Names server and path.
+
+    `status` is the HTTP status, None when no whole answer came.
+    """
+
+    def __init__(self, url: str, path: str, what: str, status: int | None = None) -> None:
+        super().__init__(f"{url}{path}: {what}")
+        self.url, self.status = url, status
+
+
+class SGLangClient:
+    """Asks one server. `get` and `post` block, from any thread; `ask` is for the event loop that first uses it.
+
+    Args:
+        url: such as http://127.0.0.1:30000, without a path.
+        api_key: sent as a bearer token, when given.
+        transport, async_transport: in place of the network, for tests.
+
+    Raises:
+        UsageError: the client's library is not installed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        transport: httpx2.BaseTransport | None = None,
+        async_transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._library = _httpx()
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._async_transport = async_transport
+        self._blocking = self._library.Client(headers=self._headers, trust_env=False, transport=transport)
+
+    def get(self, path: str, *, timeout_s: float) -> Any:
+        """The JSON of an answer (None for an empty one). Raises ServerError."""
+        return self._request("GET", path, None, timeout_s)
+
+    def post(self, path: str, body: Any, *, timeout_s: float) -> Any:
+        """The JSON of an answer (None for an empty one, or for plain text). Raises ServerError."""
+        return self._request("POST", path, body, timeout_s)
+
+    def is_healthy(self, timeout_s: float) -> bool:
+        """Whether /health answers in time; the server generates a token for it when it is idle."""
+        try:
+            self.get("/health", timeout_s=timeout_s)
+        except ServerError:
+            return False
+        return True
+
+    def for_event_loop(self, limit: int) -> httpx2.AsyncClient:
+        """A client for the running event loop, with at most `limit` connections; its user closes it."""
+        limits = self._library.Limits(max_connections=limit, max_keepalive_connections=limit)
+        return self._library.AsyncClient(
+            headers=self._headers, trust_env=False, limits=limits, transport=self._async_transport
+        )
+
+    async def ask(self, client: httpx2.AsyncClient, path: str, body: Any, *, timeout_s: float) -> Any:
+        """`post` on the event loop, over a client of `for_event_loop`. Raises ServerError; can be cancelled."""
+        try:
+            answer = await client.post(self.url + path, json=body, timeout=self._timeout(timeout_s))
+        except self._library.TransportError as error:
+            raise ServerError(self.url, path, describe(error)) from error
+        return self._json(answer, path)
+
+    def close(self) -> None:
+        self._blocking.close()
+
+    def _request(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        try:
+            answer = self._blocking.request(method, self.url + path, json=body, timeout=self._timeout(timeout_s))
+        except self._library.TransportError as error:
+            raise ServerError(self.url, path, describe(error)) from error
+        return self._json(answer, path)
+
+    def _timeout(self, seconds: float) -> httpx2.Timeout:
+        return self._library.Timeout(seconds, connect=min(seconds, CONNECT_S), pool=None)
+
+    def _json(self, answer: httpx2.Response, path: str) -> Any:
+        if answer.status_code != 200:
+            raise ServerError(self.url, path, f"{answer.status_code} {message_of(answer.text)}", answer.status_code)
+        if not answer.content or "json" not in answer.headers.get("content-type", ""):
+            return None
+        try:
+            return answer.json()
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ServerError(self.url, path, f"its answer is no JSON ({error})", answer.status_code) from error
+
+
+def describe(error: Exception) -> str:
+    """A transport error for the eye: many have no text of their own."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def message_of(text: str) -> str:
+    """The message in the body of an error answer, on one line and not too long.
+
+    >>> message_of('{"error": {"message": "bad path"}}'), message_of("Internal Server Error")
+    ('bad path', 'Internal Server Error')
+    """
+    try:
+        body = json.loads(text)
+    except json.JSONDecodeError:
+        body = text
+    if isinstance(body, dict):
+        error = body.get("error", body)
+        body = error.get("message", error) if isinstance(error, dict) else error
+    return " ".join(str(body).split())[:500]
+
+
+def _httpx() -> Any:
+    try:
+        import httpx2
+    except ImportError as error:
+        raise UsageError(
+            "--rollout-engine sglang: needs the client's library; pip install 'megatron_bupo[sglang]'"
+        ) from error
+    return httpx2
