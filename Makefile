@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 SOURCES := megatron_bupo tests setup.py $(wildcard benchmarks checkpoint_converters examples tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-parallel lint format clean
+.PHONY: help venv sglang-env slurm demo test test-unit test-parallel lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,13 +24,19 @@ venv: .venv/.installed ## make .venv and install into it (minutes; nothing to do
 .venv/.installed: setup.py
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet "$(TORCH)"
-	$(PY) -m pip install --quiet --editable '.[dev]'
+	$(PY) -m pip install --quiet --editable '.[dev,sglang]'
 	touch $@
+
+sglang-env: ## SGLang for machines without a GPU, in .venv-sglang (3 GB, two minutes; nothing to do when it is there)
+	$(PYTHON) tools/sglang_env.py --output .venv-sglang
+
+slurm: ## what the tests of the Slurm scripts need: Debian's packages, where root may install them
+	sh tools/install_slurm.sh
 
 demo: venv ## the main job on a small model: BuPO in two processes, GRPO from the same start, a figure
 	$(PY) examples/demo.py
 
-test: lint ## lint, then all tests
+test: lint sglang-env slurm ## lint, then all tests
 	$(PY) -m pytest tests -q --durations=15
 
 test-unit: venv ## the quick tests

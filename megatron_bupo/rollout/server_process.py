@@ -1,0 +1,233 @@
+"""One SGLang server that the run launched: its command, its environment, its log, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bupo.errors import UsageError
+from megatron_bupo.rollout_config import SGLangConfig
+
+GRACE_S = 15.0
+"""Seconds from TERM to KILL; sglang takes about 6 to end by itself."""
+
+API_KEY_VARIABLE = "SGLANG_API_KEY"
+# Of a Python traceback.
+_ERROR_LINE = re.compile(r"([\w.]+(Error|Exception)|error)\b:?")
+_GUARD = Path(__file__).with_name("server_guard.py")
+# What the run decides; given in --sglang-args it would be overruled without a word.
+_OWNED_FLAGS = ("--model-path", "--host", "--port", "--dtype", "--api-key", "--weight-version")
+# A server that inherits these takes itself for a rank of the training job.
+_TORCHRUN_VARIABLES = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+)  # fmt: skip
+
+
+class ServerProcess:
+    """A server and the guard around it, running from the moment this is made.
+
+    Args:
+        command: the server's, without the API key.
+        environment: the server's, whole; see `server_environment`.
+        log: what the server prints is appended there.
+        api_key: reaches the server in a private file.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, api_key: str | None) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        order = {"command": list(command), "run_pid": os.getpid(), "api_key": api_key, "grace_s": GRACE_S}
+        with log.open("ab") as file:
+            self._start_of_log = file.tell()
+            # -I and -S: the guard needs nothing of this environment, and starts in milliseconds.
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_GUARD)],
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                env=dict(environment),
+                bufsize=0,
+                start_new_session=True,
+            )
+        self._tell(json.dumps(order).encode() + b"\n")
+
+    @property
+    def pid(self) -> int:
+        """Of the guard: the server and all that it starts are below it."""
+        return self._guard.pid
+
+    def exit_status(self) -> int | None:
+        """The server's, as a shell shows it (137: killed); None while it runs."""
+        return self._guard.poll()
+
+    def printed(self) -> str:
+        """What the server printed since this start, at most the last 256 KiB."""
+        with self.log.open("rb") as file:
+            file.seek(max(self._start_of_log, file.seek(0, os.SEEK_END) - (1 << 18)))
+            return file.read().decode(errors="replace")
+
+    def last_words(self, num_lines: int = 6) -> str:
+        """The end of what the server printed, for one line, and the last error if it lies above."""
+        lines = [line.strip() for line in self.printed().splitlines() if line.strip()]
+        above = [line for line in lines[:-num_lines] if _ERROR_LINE.match(line)]
+        shown = [*above[-1:], *lines[-num_lines:]]
+        return f"its log {self.log} ends with: {' | '.join(line[-300:] for line in shown) or '(nothing)'}"
+
+    def begin_stop(self, kill: bool = False) -> None:
+        """Have the server ended, with all that it started, without waiting: at once, or by TERM and after a grace."""
+        self._tell(b"k" if kill else b"e")
+
+    def wait(self) -> None:
+        """Until nothing is left of it. Raises TimeoutExpired for a process that not even KILL ends."""
+        self._guard.wait(timeout=GRACE_S + 30)
+
+    def kill(self) -> None:
+        self.begin_stop(kill=True)
+        self.wait()
+
+    def _tell(self, order: bytes) -> None:
+        assert self._guard.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended already
+            self._guard.stdin.write(order)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What the launched servers of a run have in common.
+
+    Raises:
+        UsageError: what the flags ask for cannot be launched here.
+    """
+
+    config: SGLangConfig
+    hf_model: str
+    dtype: str
+    seed: int
+    api_key: str | None
+
+    def __post_init__(self) -> None:
+        host = self.config.sglang_host
+        if sys.platform != "linux":
+            raise UsageError("--sglang-launch: needs Linux; start the servers yourself and give --sglang-url")
+        if not (host in ("localhost", "::1") or host.startswith("127.")) and self.api_key is None:
+            raise UsageError(
+                f"--sglang-host {host}: whoever reaches it could use the servers; set a key in {API_KEY_VARIABLE}, or "
+                "leave 127.0.0.1"
+            )
+        check_server_args(self._more_flags(), self.api_key is not None)
+        check_python(self._python(), self._environment(0))
+
+    def launch(self, index: int, num_starts: int, logs: Path) -> tuple[str, str, ServerProcess]:
+        """Start server `index`, for the `num_starts`-th time of all; its log is server_INDEX.log in `logs`.
+
+        Returns:
+            Its URL, the weight version that it has until it is given one (it tells this server from any other one), and
+            its process.
+        """
+        host = self.config.sglang_host
+        port, version = free_port(host), f"launched-{secrets.token_hex(4)}"
+        reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        model = os.path.abspath(self.hf_model) if os.path.exists(self.hf_model) else self.hf_model
+        # Another seed at each start: the first one again would repeat the noise of the first answers.
+        seed = (self.seed + index + (num_starts - 1) * self.config.sglang_num_servers) % 2**31
+        command = [self._python(), "-m", "sglang.launch_server", "--random-seed", str(seed), *self._more_flags()]
+        command += ["--model-path", model, "--dtype", self.dtype, "--weight-version", version]
+        command += ["--host", host, "--port", str(port)]
+        process = ServerProcess(command, self._environment(index), logs / f"server_{index}.log", self.api_key)
+        return f"http://{f'[{reached_at}]' if ':' in reached_at else reached_at}:{port}", version, process
+
+    def _python(self) -> str:
+        """Not resolved: the python of a virtual environment is a link, and knows its environment by its place."""
+        return os.path.abspath(self.config.sglang_python or sys.executable)
+
+    def _more_flags(self) -> list[str]:
+        return shlex.split(self.config.sglang_args or "")
+
+    def _environment(self, index: int) -> dict[str, str]:
+        gpus = self.config.sglang_gpus[index] if self.config.sglang_gpus else None
+        return server_environment(os.environ, gpus, own_python=self.config.sglang_python is not None)
+
+
+def server_environment(base: Mapping[str, str], gpus: str | None, own_python: bool) -> dict[str, str]:
+    """The environment of a server: that of the run without what belongs to the trainer alone.
+
+    Args:
+        gpus: CUDA_VISIBLE_DEVICES, when given.
+        own_python: the server has a Python environment of its own, in which the run's modules are out of place.
+    """
+    dropped = {*_TORCHRUN_VARIABLES, API_KEY_VARIABLE}
+    if own_python:
+        dropped |= {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    kept = {name: value for name, value in base.items() if name not in dropped and not name.startswith("TORCHELASTIC_")}
+    kept["PYTHONSAFEPATH"] = "1"  # a file in the current folder does not shadow a module of sglang
+    kept["PYTHONUNBUFFERED"] = "1"  # the last words of a server that dies reach its log
+    if gpus is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = gpus
+    return kept
+
+
+def check_server_args(arguments: Sequence[str], has_key: bool) -> None:
+    """Raise UsageError for a flag in --sglang-args that the run decides itself, abbreviated ones too."""
+    owned = [*_OWNED_FLAGS, *(["--config"] if has_key else [])]
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        taken = [flag for flag in owned if len(name) > 2 and flag.startswith(name)]
+        if taken == ["--config"]:
+            raise UsageError(f"--sglang-args {argument}: goes not with {API_KEY_VARIABLE}; write its flags out")
+        if taken:
+            raise UsageError(
+                f"--sglang-args {argument}: the run gives {taken[0]} itself (from --hf-model, --sglang-host, a free "
+                f"port, --dtype or {API_KEY_VARIABLE}); leave it out"
+            )
+
+
+def check_python(python: str, environment: Mapping[str, str]) -> None:
+    """Raise UsageError unless this Python has sglang. It is looked for, not imported."""
+    what_to_do = (
+        "make sglang-env makes .venv-sglang for the CPU; for GPUs pip install sglang into an environment of its own; "
+        "then --sglang-python ITS/bin/python"
+    )
+    code = "import importlib.util, sys; sys.exit(3 if importlib.util.find_spec('sglang') is None else 0)"
+    try:
+        result = subprocess.run(
+            [python, "-c", code], env=dict(environment), capture_output=True, text=True, timeout=120, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"--sglang-python {python}: does not run ({error}); {what_to_do}") from error
+    if result.returncode == 3:
+        raise UsageError(f"--sglang-python {python}: has no sglang; {what_to_do}")
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise UsageError(f"--sglang-python {python}: does not run ({last}); {what_to_do}")
+
+
+def free_port(host: str) -> int:
+    """A port of `host` that can be bound now, below the range from which outgoing connections get theirs.
+
+    Raises:
+        UsageError: `host` is no address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    random_ports = random.SystemRandom()  # two runs of one seed on one machine must not agree
+    for _ in range(200):
+        port = random_ports.randrange(20000, 32000)
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind((host, port))
+            except OSError as error:
+                last = error
+                continue
+        return port
+    raise UsageError(f"--sglang-host {host}: no port can be bound there ({last}); give an address of this machine")

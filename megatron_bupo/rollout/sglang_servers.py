@@ -1,0 +1,250 @@
+"""The SGLang servers of a run: found or launched, brought back after a fault, ended."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from megatron_bupo.errors import UsageError
+from megatron_bupo.rollout.server_process import API_KEY_VARIABLE, Launcher, ServerProcess
+from megatron_bupo.rollout.server_ready import POLL_S, NotReady, PortTaken, ServerInfo, Wait
+from megatron_bupo.rollout.sglang_client import SGLangClient
+from megatron_bupo.rollout_config import SGLangConfig
+
+PORT_ATTEMPTS = 3
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class ServersError(RuntimeError):
+    """A server is gone for good: the budget of restarts, or the time to come back, is spent."""
+
+
+class Worker:
+    """One SGLang server.
+
+    Attributes:
+        client: replaced when an owned server is started again, on another port.
+        process: None for a server that the run did not launch.
+        version: of the weights that it was last given and found to hold; None: unknown, it must not serve.
+        checked: names, checksums and log-probs were compared since this server process was first seen.
+        info: of this server process.
+        index: n of server_n, for a launched one.
+    """
+
+    def __init__(self, client: SGLangClient, info: ServerInfo, process: ServerProcess | None, index: int = 0) -> None:
+        self.client, self.info, self.process, self.index = client, info, process, index
+        self.version: str | None = None
+        self.checked = False
+
+    @property
+    def name(self) -> str:
+        return self.client.url if self.process is None else f"server_{self.index} ({self.client.url})"
+
+
+class Endpoint:
+    """Where requests are sent: a server itself, or a router with its workers behind it."""
+
+    def __init__(self, workers: list[Worker], router: SGLangClient | None = None) -> None:
+        self.workers, self.router = workers, router
+
+    @property
+    def client(self) -> SGLangClient:
+        return self.router or self.workers[0].client
+
+
+class Servers:
+    """Made by `start`. `revive` may be called from threads, for different workers at once."""
+
+    def __init__(
+        self, config: SGLangConfig, dtype: str, api_key: str | None, launcher: Launcher | None, logs: Path | None
+    ) -> None:
+        self.endpoints: list[Endpoint] = []
+        self._config, self._dtype, self._api_key, self._launcher = config, dtype, api_key, launcher
+        self._keeps_logs = logs is not None or launcher is None
+        self._logs = logs or Path(tempfile.mkdtemp(prefix="bupo-sglang-logs-") if launcher is not None else "")
+        self._processes: dict[int, ServerProcess] = {}
+        self._num_starts: dict[int, int] = {}
+        self._num_revivals = 0
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [worker for endpoint in self.endpoints for worker in endpoint.workers]
+
+    @classmethod
+    def start(
+        cls,
+        config: SGLangConfig,
+        hf_model: str,
+        dtype: Literal["fp32", "bf16"],
+        seed: int,
+        logs: Path | None,
+        api_key: str | None,
+    ) -> Servers:
+        """Connect to the servers of --sglang-url, or launch some, and wait until all are ready.
+
+        Args:
+            hf_model: folder of the model that launched servers load at first.
+            dtype: of the servers' weights: the trainer's.
+            seed: launched servers draw from seed, seed + 1, ...
+            logs: folder of server_0.log, ...; None: a temporary one, kept only after a fault.
+            api_key: sent to the servers, and asked for by launched ones.
+
+        Raises:
+            UsageError: flags that do not go, a server that died or was not ready in time, or cannot serve this run.
+                Nothing that was launched is left then.
+        """
+        _check_key(api_key)
+        api_key = api_key or None
+        launcher = Launcher(config, hf_model, DTYPES[dtype], seed, api_key) if config.sglang_launch else None
+        servers = cls(config, DTYPES[dtype], api_key, launcher, logs)
+        try:
+            servers._wait_for_all()
+        except BaseException:
+            servers._keeps_logs = True
+            servers._end(kill=True)
+            raise
+        return servers
+
+    def revive(self, worker: Worker) -> None:
+        """Bring a worker that failed back: with unknown weights, to be checked anew. Blocks until it is ready.
+
+        An owned one is killed and started again; another one is waited for, as somebody may restart it. Each start, or
+        wait, counts against --sglang-restarts; all must be done within --sglang-start-timeout.
+
+        Raises:
+            ServersError: the budget or the time is spent, or the worker came back as one that cannot serve this run.
+        """
+        worker.version, worker.checked = None, False
+        self._keeps_logs = True  # they tell why it failed
+        wait = self._wait(lambda _text: None)
+        last = ""
+        while True:
+            self._spend_revival(worker, last)
+            try:
+                if worker.process is None:
+                    worker.info = wait.until_ready(worker.client, None, None)
+                else:
+                    worker.process.kill()
+                    old = worker.client
+                    worker.client, worker.info, worker.process = self._launch(worker.index, wait)
+                    old.close()
+                return
+            except UsageError as error:
+                if worker.process is None or not isinstance(error, NotReady) or wait.is_over():
+                    raise ServersError(f"{worker.name} did not come back: {error}") from error
+                last = f"; at its last start {error}"
+
+    def close(self) -> None:
+        """End the owned servers with all that they started, and let go of the others. Safe to call twice."""
+        self._end(kill=False)
+
+    def _wait(self, say: Callable[[str], object]) -> Wait:
+        timeout_s = self._config.sglang_start_timeout
+        return Wait(timeout_s, time.monotonic(), self._dtype, self._api_key is not None, self._ending, say)
+
+    def _wait_for_all(self) -> None:
+        """Fill `endpoints`, each found in a thread of its own. The first failure ends the wait, and so does Ctrl-C."""
+        if self._launcher is not None:
+            names = [f"server_{index}" for index in range(self._config.sglang_num_servers)]
+        else:
+            names = [url.rstrip("/") for url in self._config.sglang_url or []]
+        states = dict.fromkeys(names, "")
+        found: dict[str, Endpoint] = {}
+        failed: list[BaseException] = []
+
+        def find(index: int, name: str) -> None:
+            wait = self._wait(lambda text: states.update({name: text}))
+            try:
+                found[name] = self._connect(name, wait) if self._launcher is None else self._launch_first(index, wait)
+            except BaseException as error:  # raised in the thread that waits for all
+                failed.append(error)
+
+        for index, name in enumerate(names):
+            threading.Thread(target=find, args=(index, name), daemon=True).start()
+        with tqdm(total=len(names), desc="SGLang servers", unit=" ready", disable=None) as bar:
+            while len(found) < len(names) and not failed:
+                time.sleep(POLL_S / 2)
+                bar.n = len(found)
+                bar.set_postfix_str("; ".join(f"{name}: {states[name]}" for name in names if name not in found))
+        if failed:
+            raise failed[0]
+        self.endpoints = [found[name] for name in names]
+        _check_distinct([worker.client.url for worker in self.workers])
+
+    def _connect(self, url: str, wait: Wait) -> Endpoint:
+        """A server that runs already, or a router with its workers."""
+        client = SGLangClient(url, self._api_key)
+        urls = wait.find_workers(client)
+        clients = [client] if urls is None else [SGLangClient(worker, self._api_key) for worker in urls]
+        workers = [Worker(one, wait.until_ready(one, None, None), None) for one in clients]
+        return Endpoint(workers, router=None if urls is None else client)
+
+    def _launch_first(self, index: int, wait: Wait) -> Endpoint:
+        client, info, process = self._launch(index, wait)
+        return Endpoint([Worker(client, info, process, index)])
+
+    def _launch(self, index: int, wait: Wait) -> tuple[SGLangClient, ServerInfo, ServerProcess]:
+        """Start a server and wait for it; again on another port when somebody else took the first one."""
+        assert self._launcher is not None
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            with self._lock:  # none is started behind the back of `close`
+                if self._ending.is_set():
+                    raise NotReady(f"server_{index}: the run is ending")
+                self._num_starts[index] = num_starts = self._num_starts.get(index, 0) + 1
+                url, version, process = self._launcher.launch(index, num_starts, self._logs)
+                self._processes[index] = process
+            client = SGLangClient(url, self._api_key)
+            try:
+                return client, wait.until_ready(client, process, version), process
+            except PortTaken as error:
+                process.kill()
+                if attempt == PORT_ATTEMPTS:
+                    raise NotReady(f"server_{index}: {error}, {attempt} times; {process.last_words()}") from error
+            except BaseException:
+                process.kill()
+                raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _spend_revival(self, worker: Worker, last: str) -> None:
+        budget = self._config.sglang_restarts
+        with self._lock:
+            if self._num_revivals >= budget:
+                raise ServersError(f"{worker.name} failed, and --sglang-restarts {budget} is used up in this run{last}")
+            self._num_revivals += 1
+
+    def _end(self, kill: bool) -> None:
+        with self._lock:
+            self._ending.set()
+            processes = list(self._processes.values())
+        with ExitStack() as stack:
+            for process in processes:
+                stack.callback(process.wait)
+                process.begin_stop(kill=kill)
+        for endpoint in self.endpoints:
+            for client in [endpoint.client, *(worker.client for worker in endpoint.workers)]:
+                client.close()
+        if not self._keeps_logs:
+            shutil.rmtree(self._logs, ignore_errors=True)
+
+
+def _check_key(api_key: str | None) -> None:
+    """Raise UsageError for a key that could not be sent, or be told from other text in a log."""
+    if api_key and not re.fullmatch(r"[A-Za-z0-9._~+/][A-Za-z0-9._~+/=-]*", api_key):
+        raise UsageError(f"{API_KEY_VARIABLE}: give letters, digits and ._~+/=- only, with none of =- at the beginning")
+
+
+def _check_distinct(urls: list[str]) -> None:
+    twice = sorted({url for url in urls if urls.count(url) > 1})
+    if twice:
+        raise UsageError(f"--sglang-url: {' '.join(twice)} is given twice, or stands behind a router that is given too")

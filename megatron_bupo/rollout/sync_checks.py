@@ -1,0 +1,151 @@
+"""Whether a server holds what was pushed: its names and checksums, and the log-probs that it gives a fixed prompt.
+
+The checksums are computed here from the trainer's tensors and never from an answer of the server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_bupo.rollout.weight_sync_calls import Attempt, ask
+
+if TYPE_CHECKING:
+    from megatron_bupo.rollout.sglang_servers import Worker
+
+# The server stacks these along the first dimension, in this order.
+_PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_STACKED = {part: (whole, at) for whole, parts in _PARTS.items() for at, part in enumerate(parts)}
+_PART = re.compile(rf"\.({'|'.join(_STACKED)})\.")
+_PADDED = ("model.embed_tokens.weight", "lm_head.weight")
+_ROWS_MULTIPLE = 64  # the server's vocabulary is padded with zeros to a multiple of it
+_PROBE_LENGTH = 24
+MAX_PROBE_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+"""Nats between trainer and server for one token of the probe; both round differently."""
+
+
+class ExpectedWeights:
+    """Names and checksums of a one-rank CPU server that holds the tensors passed to `add`, in the stream's order."""
+
+    def __init__(self, tied: bool) -> None:
+        self._tied = tied
+        self._hashes: dict[str, Any] = {}
+        self._parts: dict[str, int] = {}
+        self.dtype = torch.float32
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._tied and name == "lm_head.weight":
+            return
+        self.dtype = tensor.dtype
+        match = _PART.search(name)
+        held, part = name, 0
+        if match:
+            whole, part = _STACKED[match[1]]
+            held = f"{name[: match.start(1)]}{whole}{name[match.end(1) :]}"
+        assert self._parts.get(held, 0) == part, f"{name} came out of order: {held} is stacked as {_PARTS}"
+        self._parts[held] = part + 1
+        running = self._hashes.setdefault(held, hashlib.sha256())
+        running.update(raw_bytes(tensor))
+        if name in _PADDED:
+            row_bytes = tensor.nbytes // tensor.shape[0]
+            running.update(bytes(-tensor.shape[0] % _ROWS_MULTIPLE * row_bytes))
+
+    def checksums(self) -> dict[str, str]:
+        """By the server's names: the first 8 bytes of the sha256 of the raw bytes, in hex."""
+        return {name: running.hexdigest()[:16] for name, running in self._hashes.items()}
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row."""
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def check_weights(attempt: Attempt, expected: ExpectedWeights) -> None:
+    """Compare names and checksums of every server with what was sent. Raises SyncError.
+
+    The checksum of a GPU, or of one rank of several, is not computed here: there the servers must agree.
+    """
+    doing = "comparing the weights that arrived"
+    answers = attempt.post(doing, "/weights_checker", {"action": "checksum"})
+    wanted = expected.checksums()
+    seen: dict[tuple[str, int], tuple[Worker, list[dict[str, str]]]] = {}
+    for worker, answer in zip(attempt.workers, answers, strict=True):
+        try:
+            ranks: list[dict[str, str]] = [dict(rank["checksums"]) for rank in answer["ranks"]]
+        except (TypeError, KeyError, ValueError) as error:
+            raise attempt.error(worker, doing, "its answer holds no checksums") from error
+        for held in ranks:
+            if problem := _difference(wanted, held, by_value=worker.info.device == "cpu" and worker.info.tp_size == 1):
+                raise attempt.error(worker, doing, problem)
+        first, found = seen.setdefault((worker.info.device, worker.info.tp_size), (worker, ranks))
+        if found != ranks:
+            raise attempt.error(worker, doing, f"its checksums differ from those of {first.name}")
+
+
+def _difference(wanted: dict[str, str], held: dict[str, str], by_value: bool) -> str | None:
+    """What is wrong with a server's tensors, in words."""
+    if missing := [name for name in wanted if name not in held]:
+        return f"it has no {_listed(missing)}; the trainer's tensors of that name went nowhere"
+    if unknown := [name for name in held if name not in wanted]:
+        return f"it has {_listed(unknown)}, which the trainer never sends"
+    if by_value and (other := [name for name in wanted if held[name] != wanted[name]]):
+        return f"its {_listed(other)} of {len(wanted)} tensors is not what the trainer sent (the checksum differs)"
+    return None
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def probe_tokens(vocab_size: int) -> list[int]:
+    """The fixed prompt: token ids spread over the vocabulary."""
+    return [(1 + 7919 * at) % vocab_size for at in range(_PROBE_LENGTH)]
+
+
+def check_probe(attempt: Attempt, tokens: list[int], trainer: Sequence[float], dtype: torch.dtype) -> None:
+    """Compare the servers' log-probs of `tokens` with the trainer's, one for each of tokens[1:]. Raises SyncError."""
+    doing = "comparing the log-probs of a fixed prompt"
+    body = {
+        "input_ids": tokens,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    answers = attempt.on_all(doing, lambda worker: ask(worker, "/generate", body, attempt.timeout_s))
+    allowed = MAX_PROBE_DIFFERENCE.get(dtype, MAX_PROBE_DIFFERENCE[torch.bfloat16])
+    for worker, answer in zip(attempt.workers, answers, strict=True):
+        try:
+            entries = answer["meta_info"]["input_token_logprobs"][1:]
+            # JSON has no NaN: the server writes null.
+            found = [math.nan if entry[0] is None else float(entry[0]) for entry in entries]
+        except (TypeError, KeyError, ValueError, IndexError) as error:
+            raise attempt.error(worker, doing, "its answer holds no log-probs of the prompt") from error
+        if len(found) != len(trainer):
+            raise attempt.error(worker, doing, f"{len(found)} log-probs came, for {len(trainer)} tokens")
+        differences = [abs(here - there) for here, there in zip(trainer, found, strict=True)]
+        # Written so that NaN, on either side, is a difference.
+        off = [at for at, difference in enumerate(differences) if not difference <= allowed]
+        if off:
+            at = off[0]
+            raise attempt.error(
+                worker,
+                doing,
+                f"token {at + 1} has {found[at]:.6g} there and {trainer[at]:.6g} in the trainer; at most {allowed} "
+                f"nats may lie between ({len(off)} of {len(found)} tokens are off)",
+            )
+
+
+def check_version(attempt: Attempt) -> None:
+    """Every server must say that it serves the version that was pushed. Raises SyncError."""
+    doing = "asking for the version"
+    answers = attempt.on_all(doing, lambda worker: worker.client.get("/model_info", timeout_s=attempt.timeout_s))
+    for worker, answer in zip(attempt.workers, answers, strict=True):
+        found = answer.get("weight_version") if isinstance(answer, dict) else None
+        if found != attempt.version:
+            raise attempt.error(worker, doing, f"it serves version {found}")

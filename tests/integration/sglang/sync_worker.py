@@ -1,0 +1,150 @@
+"""Under torchrun: in one layout, push changed weights to running servers in every way, and compare with HuggingFace.
+
+Arguments: MODEL, a scratch folder, the servers' urls (with commas between), then the layout's flags. Prints one line a
+sync; exits 1 if any is off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_bupo.cli import parse
+from megatron_bupo.command_config import ScoreConfig
+from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.parallel.setup import ParallelState, parallel_state
+from megatron_bupo.rollout.lead import LedModel, on_first_rank
+from megatron_bupo.rollout.sglang_client import SGLangClient
+from megatron_bupo.rollout.sglang_servers import Servers, Worker
+from megatron_bupo.rollout.weight_sync import WeightSync
+from megatron_bupo.rollout_config import SGLangConfig
+from megatron_bupo.weights.hf_files import HFWeights
+
+METHODS = ("tensor", "distributed", "disk")
+SEQUENCE = [(5 + 17 * at + at * at) % 299 for at in range(40)]
+
+
+@torch.no_grad()
+def change(parameter: Tensor) -> None:
+    """As if it had been trained; the same for an element on whatever rank it lies."""
+    parameter.add_(0.02 * torch.sin(37 * parameter))
+
+
+def train_and_push(
+    sync: WeightSync, workers: list[Worker], model: Any, state: ParallelState, version: str, *, is_first: bool
+) -> list[str]:
+    """On all ranks; `workers` on the first one. What is wrong after it, and the figures printed."""
+    for _, parameter in model.named_parameters():
+        change(parameter)
+    from megatron_bupo.evaluation import ModelForEngine
+
+    led = LedModel(ModelForEngine(model, max_tokens=64), state)
+    for worker in workers:
+        worker.checked = not is_first
+    started = time.perf_counter()
+    led.run(lambda: sync.push(workers, led, version))
+    seconds = time.perf_counter() - started
+    tensors = {name: tensor.clone() for name, tensor in model.hf_tensors()}
+
+    def compare() -> list[str]:
+        print(f"{version}: pushed in {seconds:.2f} s", flush=True)
+        return problems_of(workers, str(sys.argv[1]), tensors, version)
+
+    return on_first_rank(state, compare)
+
+
+def hf_logprobs(folder: str, tensors: dict[str, Tensor]) -> Tensor:
+    """What HuggingFace computes in fp32 for SEQUENCE[1:] with these tensors."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").float()
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    outcome = model.load_state_dict(tensors, strict=False)
+    assert set(outcome.missing_keys) <= tied and not outcome.unexpected_keys
+    with torch.no_grad():
+        logprobs = model(torch.tensor([SEQUENCE])).logits[0].log_softmax(-1)
+    return logprobs[torch.arange(len(SEQUENCE) - 1), SEQUENCE[1:]]
+
+
+def server_logprobs(client: SGLangClient) -> tuple[Tensor, str]:
+    """What the server gives for SEQUENCE[1:], and the version that it names."""
+    body = {
+        "input_ids": SEQUENCE,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    meta = client.post("/generate", body, timeout_s=120)["meta_info"]
+    return torch.tensor([entry[0] for entry in meta["input_token_logprobs"][1:]]), meta["weight_version"]
+
+
+def stacked_checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """As a CPU server hashes its tensors, from whole stacked and padded ones."""
+    held, found = dict(tensors), {}
+    for whole, parts in {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.items():
+        for first in [name for name in held if f".{parts[0]}." in name]:
+            stacked = torch.cat([held.pop(first.replace(parts[0], part)) for part in parts])
+            held[first.replace(parts[0], whole)] = stacked
+    for name, tensor in held.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 64))
+        found[name] = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).digest()[:8].hex()
+    return found
+
+
+def problems_of(workers: list[Worker], folder: str, tensors: dict[str, Tensor], version: str) -> list[str]:
+    """Compare every server with HuggingFace, and tell the figures."""
+    wanted, checksums = hf_logprobs(folder, tensors), stacked_checksums(tensors)
+    problems = []
+    for worker in workers:
+        found, named = server_logprobs(worker.client)
+        difference = float((found - wanted).abs().max())
+        print(f"{version} {worker.name}: {difference:.1e} nats", flush=True)
+        if not difference < 1e-4 or named != version or worker.version != version:
+            problems.append(f"{version} {worker.name}: {difference:.1e} nats off, it says {named}")
+        answer = worker.client.post("/weights_checker", {"action": "checksum"}, timeout_s=120)
+        if answer["ranks"][0]["checksums"] != checksums:
+            problems.append(f"{version} {worker.name}: other checksums")
+    return problems
+
+
+def main() -> None:
+    folder, scratch, urls, flags = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(","), sys.argv[4:]
+    config = parse("score", ["--hf-model", folder, "--rollouts", __file__, "--output", "unused", *flags])
+    assert isinstance(config, ScoreConfig)
+    with parallel_state(config.parallel, seed=1) as state:
+        from megatron_bupo.model.parallel_model import ParallelModel
+
+        arch = Architecture.from_hf(folder)
+        model = ParallelModel(arch, HFWeights(folder), config.parallel, state, torch.float32)
+        # Of its own: versions of another layout's syncs must not pass for this one's.
+        layout = "".join(flags).replace("-", "") + f"x{state.world_size}"
+        workers: list[Worker] = []
+        if state.rank == 0:
+            workers = Servers.start(SGLangConfig(sglang_url=urls), folder, "fp32", 1, scratch, None).workers
+        problems: list[str] = []
+        for method in METHODS:
+            sync = WeightSync(
+                method,
+                bucket_bytes=100_000,
+                timeout_s=60,
+                folder=scratch / "weights",
+                hf_model=folder,
+                vocab_size=arch.vocab_size,
+                tied=arch.tied,
+            )
+            for turn in range(2):
+                version = f"{layout}-{method}-{turn}"
+                problems += train_and_push(sync, workers, model, state, version, is_first=turn == 0)
+            sync.close()
+    if problems:
+        sys.exit("\n".join(f"off: {problem}" for problem in problems))
+
+
+if __name__ == "__main__":
+    main()

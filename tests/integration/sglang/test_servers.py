@@ -1,0 +1,125 @@
+"""Servers.start, revive and close with the real SGLang: readiness, real kills, nothing left over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_bupo.errors import UsageError
+from megatron_bupo.rollout.sglang_client import ServerError, SGLangClient
+from megatron_bupo.rollout.sglang_servers import Servers, ServersError, Worker
+from tests.integration.sglang.conftest import ROOT, VOCAB_SIZE, launch_config, server_processes
+
+KEY = "s3cret-key"
+# A run that starts one server, with a key, says where it is, and waits to be killed.
+RUN = textwrap.dedent(
+    """
+    import sys, time
+    from pathlib import Path
+    from megatron_bupo.rollout.sglang_servers import Servers
+    from tests.integration.sglang.conftest import launch_config
+    python, model, folder, key = sys.argv[1:]
+    servers = Servers.start(launch_config(Path(python)), model, "fp32", 1, Path(folder), key)
+    Path(folder, "url.tmp").write_text(servers.workers[0].client.url)
+    Path(folder, "url.tmp").rename(Path(folder, "url"))
+    time.sleep(600)
+    """
+)
+
+
+def generates(worker: Worker) -> bool:
+    body = {"input_ids": [5, VOCAB_SIZE - 1], "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}}
+    return len(worker.client.post("/generate", body, timeout_s=60)["output_ids"]) == 3
+
+
+def test_two_servers_are_ready(servers: Servers) -> None:
+    assert len(servers.endpoints) == len(servers.workers) == 2
+    assert len({worker.client.url for worker in servers.workers}) == 2
+    for index, worker in enumerate(servers.workers):
+        assert worker.name == f"server_{index} ({worker.client.url})"
+        assert (worker.info.device, worker.info.dtype, worker.info.tp_size) == ("cpu", "float32", 1)
+        assert worker.info.max_input_tokens is not None and worker.info.max_input_tokens > 400
+        assert generates(worker)
+        kinds = [process.name() for process in server_processes(worker)]
+        assert any(kind.startswith("sglang::schedul") for kind in kinds), kinds
+
+
+def test_given_servers_are_the_same_from_outside(servers: Servers) -> None:
+    urls = [worker.client.url for worker in servers.workers]
+    given = launch_config(Path(sys.executable), sglang_launch=False, sglang_url=urls)
+    found = Servers.start(given, "elsewhere", "fp32", 1, None, None)
+    assert [worker.client.url for worker in found.workers] == urls
+    assert [worker.info.version for worker in found.workers] == [worker.info.version for worker in servers.workers]
+    found.close()
+    assert all(worker.client.is_healthy(60) for worker in servers.workers)
+    with pytest.raises(UsageError, match="runs in float32, the trainer in bfloat16"):
+        Servers.start(given, "elsewhere", "bf16", 1, None, None)
+
+
+def test_a_killed_server_is_brought_back(servers: Servers) -> None:
+    worker, other = servers.workers
+    worker.version, worker.checked = "7", True
+    before, client, version = server_processes(worker), worker.client, worker.info.weight_version
+    before[0].kill()
+    assert not client.is_healthy(2)
+    servers.revive(worker)
+    assert (worker.version, worker.checked) == (None, False)
+    assert worker.info.weight_version != version
+    assert servers.endpoints[0].client is worker.client is not client
+    assert generates(worker)
+    assert not [process for process in before if process.is_running()]
+    assert generates(other)
+
+
+def test_a_killed_run_leaves_nothing_and_its_key_is_nowhere(
+    sglang_python: Path, tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", RUN, str(sglang_python), str(tiny_qwen3), str(tmp_path), KEY]
+    run = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "url").exists():
+            assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "server_0.log").read_text()[-3000:]
+            time.sleep(0.2)
+        url = (tmp_path / "url").read_text()
+        with pytest.raises(ServerError, match="401"):
+            SGLangClient(url).get("/model_info", timeout_s=60)
+        given = launch_config(Path(sys.executable), sglang_launch=False, sglang_url=[url])
+        with pytest.raises(UsageError, match=f"{url} asks for an API key"):
+            Servers.start(given, "elsewhere", "fp32", 1, None, "another")
+        assert SGLangClient(url, KEY).get("/model_info", timeout_s=60)["model_path"] == str(tiny_qwen3)
+        processes = psutil.Process(run.pid).children(recursive=True)
+        assert len(processes) >= 4  # the guard, HTTP, a scheduler, a detokenizer
+        assert KEY not in " ".join(word for process in processes for word in process.cmdline())
+        log = (tmp_path / "server_0.log").read_text()
+        assert "'api_key': '********'" in log
+        assert KEY not in log
+    finally:
+        run.kill()
+        run.wait()
+    _, left = psutil.wait_procs(processes, timeout=60)
+    assert left == []
+    assert not SGLangClient(url, KEY).is_healthy(5)
+
+
+def test_a_server_that_cannot_start_is_one_clear_error(sglang_python: Path, tmp_path: Path) -> None:
+    config = launch_config(sglang_python, sglang_args="--no-such-flag")
+    with pytest.raises(UsageError, match=r"exit status 2.*server_0\.log ends with: .*--no-such-flag"):
+        Servers.start(config, str(tmp_path), "fp32", 1, tmp_path, None)
+
+
+def test_the_budget_ends_the_restarts(servers: Servers) -> None:
+    given = launch_config(
+        Path(sys.executable), sglang_launch=False, sglang_url=[servers.workers[0].client.url], sglang_restarts=1
+    )
+    found = Servers.start(given, "elsewhere", "fp32", 1, None, None)
+    found.revive(found.workers[0])
+    with pytest.raises(ServersError, match="--sglang-restarts 1 is used up in this run"):
+        found.revive(found.workers[0])

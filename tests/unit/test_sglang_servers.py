@@ -1,0 +1,389 @@
+"""Launching, waiting for, reviving and ending servers, a stub in the place of sglang; the guard, with real kills."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_bupo.errors import UsageError
+from megatron_bupo.rollout.server_process import ServerProcess, check_server_args, free_port, server_environment
+from megatron_bupo.rollout.sglang_servers import Servers, ServersError
+from megatron_bupo.rollout_config import SGLangConfig
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="servers are launched on Linux only")
+ROOT = Path(__file__).parents[2]
+KEY = "s3cret-key"
+
+# A server with a child and a grandchild in a session of its own; both are deaf to TERM. Writes all pids.
+TREE = textwrap.dedent(
+    """
+    import os, signal, subprocess, sys, time
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    below = deaf + f"import subprocess, sys; words = [sys.executable, '-c', {deaf + 'time.sleep(600)'!r}]; "
+    below += "print(subprocess.Popen(words, start_new_session=True).pid, flush=True); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", below], stdout=subprocess.PIPE, text=True)
+    grandchild = child.stdout.readline().strip()
+    with open(sys.argv[1] + ".tmp", "w") as file:
+        file.write(f"{os.getpid()} {child.pid} {grandchild}")
+    os.rename(sys.argv[1] + ".tmp", sys.argv[1])
+    time.sleep(float(sys.argv[2]))
+    """
+)
+# A run that launches it, and has forked a child that holds every file of the run open, the guard's pipe too.
+RUN = textwrap.dedent(
+    f"""
+    import os, sys, time
+    from pathlib import Path
+    from megatron_bupo.rollout.server_process import ServerProcess
+    command = [sys.executable, "-c", {TREE!r}, sys.argv[1], "600"]
+    process = ServerProcess(command, dict(os.environ), Path(sys.argv[2]), None)
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(600)
+    """
+)
+
+# A run that waits for a server that never becomes ready.
+SLOW_START = textwrap.dedent(
+    f"""
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {str(ROOT)!r})
+    from megatron_bupo.rollout.sglang_servers import Servers
+    from megatron_bupo.rollout_config import SGLangConfig
+    config = SGLangConfig(sglang_launch=True, sglang_args="--stub slow")
+    Servers.start(config, "m", "fp32", 1, Path(sys.argv[1]), None)
+    """
+)
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """The first true value of `what`; fails when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def pids_of(file: Path) -> list[int]:
+    return [int(pid) for pid in wait_for(lambda: file.exists() and file.read_text()).split()]
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def pids(tmp_path: Path) -> Iterator[Path]:
+    """Where a tree of processes writes its pids; ends them where the test did not."""
+    file = tmp_path / "pids"
+    yield file
+    for pid in alive(pids_of(file)):
+        os.kill(pid, signal.SIGKILL)
+
+
+def start_tree(pids: Path, seconds: float = 600) -> ServerProcess:
+    command = [sys.executable, "-c", TREE, str(pids), str(seconds)]
+    return ServerProcess(command, dict(os.environ), pids.with_name("server_0.log"), None)
+
+
+# The guard.
+
+
+def test_a_killed_run_takes_the_whole_tree_of_its_server_along(pids: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", RUN, str(pids), str(tmp_path / "server_0.log")]
+    run = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    tree = pids_of(pids)
+    assert alive(tree) == tree
+    run.kill()
+    run.wait()
+    wait_for(lambda: not alive(tree))
+    os.killpg(run.pid, signal.SIGKILL)  # the process that it had forked
+
+
+def test_stop_ends_the_whole_tree(pids: Path) -> None:
+    process = start_tree(pids)
+    tree = pids_of(pids)
+    process.begin_stop()
+    process.wait()
+    assert alive(tree) == []
+    assert process.exit_status() == 128 + signal.SIGTERM
+
+
+def test_kill_ends_a_stopped_server_at_once(pids: Path) -> None:
+    process = start_tree(pids)
+    tree = pids_of(pids)
+    os.kill(tree[0], signal.SIGSTOP)
+    started = time.monotonic()
+    process.kill()
+    assert time.monotonic() - started < 5
+    assert alive(tree) == []
+    process.kill()  # once more does no harm
+
+
+def test_what_a_dead_server_leaves_behind_is_ended(pids: Path) -> None:
+    process = start_tree(pids)
+    tree = pids_of(pids)
+    os.kill(tree[0], signal.SIGKILL)
+    assert wait_for(process.exit_status) == 128 + signal.SIGKILL
+    assert alive(tree) == []
+
+
+def test_a_killed_guard_takes_the_server_along(pids: Path) -> None:
+    process = start_tree(pids)
+    tree = pids_of(pids)
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: tree[0] not in alive(tree))
+
+
+def test_a_server_that_ends_by_itself(pids: Path) -> None:
+    process = start_tree(pids, seconds=0)
+    process.wait()
+    assert process.exit_status() == 0
+    assert alive(pids_of(pids)) == []
+
+
+# Flags and environment.
+
+
+@pytest.mark.parametrize("argument", ["--port", "--port=3", "--model", "--model-path", "--dt", "--api-key=x", "--hos"])
+def test_flags_that_the_run_decides_are_refused(argument: str) -> None:
+    with pytest.raises(UsageError, match=f"--sglang-args {argument}: the run gives"):
+        check_server_args(["--tp", "2", argument, "x"], has_key=False)
+
+
+def test_other_flags_pass() -> None:
+    check_server_args(["--tp", "2", "--device", "cpu", "--config", "more.yaml", "--pp-size=1"], has_key=False)
+    with pytest.raises(UsageError, match="SGLANG_API_KEY"):
+        check_server_args(["--config", "more.yaml"], has_key=True)
+
+
+def test_a_server_is_no_rank_of_the_training_job() -> None:
+    base = {"RANK": "0", "MASTER_ADDR": "n1", "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": "/p", "SGLANG_API_KEY": "k"}
+    base |= {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0,1"}
+    kept = server_environment(base, "4,5", own_python=True)
+    assert set(kept) == {"PATH", "CUDA_VISIBLE_DEVICES", "PYTHONSAFEPATH", "PYTHONUNBUFFERED"}
+    assert kept["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert server_environment(base, None, own_python=False)["PYTHONPATH"] == "/p"
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.create_server(("127.0.0.1", free_port("127.0.0.1"))) as listener:
+        assert 20000 <= listener.getsockname()[1] < 32000
+    with pytest.raises(UsageError, match=r"--sglang-host 192\.0\.2\.1: no port"):
+        free_port("192.0.2.1")
+
+
+# Servers, with a stub in the place of sglang.
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> SGLangConfig:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "unit" / "stub_sglang"))
+    monkeypatch.setenv("RANK", "0")
+    return SGLangConfig(sglang_launch=True, sglang_start_timeout=30.0, sglang_restarts=2)
+
+
+Start = Callable[..., Servers]
+
+
+@pytest.fixture
+def start(config: SGLangConfig, tmp_path: Path) -> Iterator[Start]:
+    """Start servers with more flags; `stub` says what goes wrong. They are ended with the test."""
+    started = []
+
+    def start_servers(stub: str = "", key: str | None = None, **changes: Any) -> Servers:
+        flags = f"--stub {stub} --marker {tmp_path / 'marker'}" if stub else ""
+        changed = dataclasses.replace(config, **({"sglang_args": flags} | changes))
+        started.append(Servers.start(changed, "some/model", "fp32", 5, tmp_path / "logs", key))
+        return started[-1]
+
+    yield start_servers
+    for servers in started:
+        servers.close()
+
+
+def nothing_runs() -> bool:
+    """Whether all that the test started has ended."""
+    return not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_servers_are_launched_and_ended(start: Start, tmp_path: Path) -> None:
+    servers = start(sglang_num_servers=2, sglang_gpus=["4", "6,7"])
+    first, second = servers.workers
+    assert first.client.url != second.client.url
+    assert first.name == f"server_0 ({first.client.url})"
+    assert (first.info.version, first.info.dtype, first.info.tp_size) == ("0.5.23", "float32", 1)
+    assert (first.version, first.checked) == (None, False)
+    for index, (worker, gpus) in enumerate(zip(servers.workers, ["4", "6,7"], strict=True)):
+        assert worker.client.is_healthy(5)
+        log = (tmp_path / "logs" / f"server_{index}.log").read_text()
+        assert f"random_seed='{5 + index}'" in log
+        environment = json.loads(log.partition("environment=")[2])
+        assert environment["CUDA_VISIBLE_DEVICES"] == gpus
+        assert "RANK" not in environment
+    servers.close()
+    servers.close()
+    assert nothing_runs()
+
+
+def test_the_key_reaches_the_server_and_nobody_else(start: Start, tmp_path: Path) -> None:
+    servers = start(key=KEY)
+    worker = servers.workers[0]
+    assert worker.client.get("/model_info", timeout_s=5)["weight_version"] == worker.info.weight_version
+    words = [word for p in psutil.Process().children(recursive=True) for word in p.cmdline()]
+    assert KEY not in " ".join(words)
+    log = (tmp_path / "logs" / "server_0.log").read_text()
+    assert "api_key='********'" in log
+    assert KEY not in log
+    files = [Path(word) for word in words if word.endswith("key.yaml")]
+    assert [(file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) for file in files] == [(0o600, 0o700)]
+    servers.close()
+    assert not files[0].parent.exists()
+
+
+def test_a_wrong_key_is_said_at_once(start: Start) -> None:
+    url = start(key=KEY).workers[0].client.url
+    for key, found in (("other", "refused"), (None, "not set")):
+        with pytest.raises(UsageError, match=f"asks for an API key.*{found}"):
+            start(key=key, sglang_launch=False, sglang_url=[url])
+    assert start(key=KEY, sglang_launch=False, sglang_url=[url]).workers[0].process is None
+
+
+def test_a_server_that_dies_at_the_start_says_why(start: Start, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"ended while it started \(exit status 1\).*server_0.log.*no memory left"):
+        start("die", sglang_num_servers=2)
+    assert nothing_runs()
+
+
+def test_a_server_that_is_not_ready_in_time(start: Start, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not ready after --sglang-start-timeout 1\.5 s; last: .*/health: 503"):
+        start("slow", sglang_start_timeout=1.5)
+    assert nothing_runs()
+
+
+@pytest.mark.parametrize("stub", ["port-once", "foreign"])
+def test_a_port_that_somebody_else_took_is_left_to_him(start: Start, stub: str, tmp_path: Path) -> None:
+    worker = start(stub).workers[0]
+    assert worker.client.is_healthy(5)
+    assert worker.client.get("/model_info", timeout_s=5)["weight_version"] == worker.info.weight_version != "another"
+    assert (tmp_path / "logs" / "server_0.log").read_text().count("server_args=") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sglang_host": "0.0.0.0"}, "--sglang-host 0.0.0.0: whoever reaches it"),
+        ({"sglang_args": "--port 3"}, "--sglang-args --port: the run gives --port itself"),
+        ({"sglang_args": "--dp-size 2"}, "runs with --dp-size 2, with which its weights cannot be updated"),
+        ({"sglang_python": "/bin/false"}, "--sglang-python /bin/false: does not run"),
+        ({"key": "-k"}, "SGLANG_API_KEY: give letters"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused(start: Start, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        start(**changes)
+
+
+def test_a_python_without_sglang_is_refused(start: Start) -> None:
+    with pytest.raises(UsageError, match="has no sglang; make sglang-env"):
+        start(sglang_python=sys.executable)  # with a Python of its own, the stub's PYTHONPATH does not reach it
+
+
+def test_given_servers_must_fit_the_trainer(start: Start) -> None:
+    url = start().workers[0].client.url
+    given = SGLangConfig(sglang_url=[url], sglang_start_timeout=5.0)
+    with pytest.raises(UsageError, match="runs in float32, the trainer in bfloat16"):
+        Servers.start(given, "m", "bf16", 1, None, None)
+    nobody = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    with pytest.raises(UsageError, match=f"--sglang-url {nobody}: not ready after .* 1 s; last: .*ConnectError"):
+        Servers.start(SGLangConfig(sglang_url=[nobody], sglang_start_timeout=1.0), "m", "fp32", 1, None, None)
+
+
+def test_a_router_stands_before_its_workers(start: Start) -> None:
+    urls = [worker.client.url for worker in start(sglang_num_servers=2).workers]
+    router = start(sglang_args=f"--workers {' '.join(urls)}").workers[0].client.url
+    (endpoint,) = start(sglang_launch=False, sglang_url=[router + "/"]).endpoints
+    assert endpoint.client.url == router
+    assert [(worker.client.url, worker.process) for worker in endpoint.workers] == [(url, None) for url in urls]
+    with pytest.raises(UsageError, match=f"--sglang-url: {urls[1]} is given twice, or stands behind a router"):
+        start(sglang_launch=False, sglang_url=[router, urls[1]])
+
+
+def test_ctrl_c_ends_the_wait_and_the_server(config: SGLangConfig, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", SLOW_START, str(tmp_path)]
+    run = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "server_0.log"
+    wait_for(lambda: log.exists() and "server_args=" in log.read_text())
+    below = psutil.Process(run.pid).children(recursive=True)
+    assert len(below) == 2
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=20)
+    assert "KeyboardInterrupt" in errors
+    assert alive([process.pid for process in below]) == []
+
+
+def test_a_revived_server_is_a_new_one_within_the_budget(start: Start, tmp_path: Path) -> None:
+    servers = start()
+    worker = servers.workers[0]
+    worker.version, worker.checked = "3", True
+    for _ in range(2):
+        client, process, info = worker.client, worker.process, worker.info
+        assert process is not None
+        psutil.Process(process.pid).children()[0].kill()
+        servers.revive(worker)
+        assert worker.client is servers.endpoints[0].client is not client
+        assert worker.process is not process
+        assert worker.info.weight_version != info.weight_version
+        assert (worker.version, worker.checked) == (None, False)
+        assert worker.client.is_healthy(5)
+    with pytest.raises(ServersError, match=r"server_0 \(.*\) failed, and --sglang-restarts 2 is used up"):
+        servers.revive(worker)
+    log = (tmp_path / "logs" / "server_0.log").read_text()
+    assert [f"random_seed='{seed}'" in log for seed in (5, 6, 7)] == [True] * 3  # no noise is drawn twice
+
+
+def test_a_server_that_dies_at_every_start_spends_the_budget(start: Start) -> None:
+    servers = start("die-again")
+    worker = servers.workers[0]
+    with pytest.raises(
+        ServersError, match=r"--sglang-restarts 2 is used up in this run; at its last start .*no memory"
+    ):
+        servers.revive(worker)
+    assert worker.version is None
+    assert nothing_runs()
+
+
+def test_a_server_is_not_revived_after_the_end(start: Start) -> None:
+    servers = start()
+    servers.close()
+    with pytest.raises(ServersError, match=r"did not come back: .*the run is ending"):
+        servers.revive(servers.workers[0])
+    assert nothing_runs()
+
+
+def test_a_given_server_is_waited_for(start: Start) -> None:
+    owner = start()
+    given = start(sglang_launch=False, sglang_url=[owner.workers[0].client.url], sglang_start_timeout=2.0)
+    worker = given.workers[0]
+    worker.version, worker.checked = "3", True
+    given.revive(worker)
+    assert (worker.version, worker.checked) == (None, False)
+    owner.close()
+    with pytest.raises(ServersError, match=r"did not come back: .*not ready after"):
+        given.revive(worker)
