@@ -27,8 +27,8 @@ venv: .venv/.installed ## make .venv and install into it (minutes; nothing to do
 	$(PY) -m pip install --quiet --editable '.[dev,sglang]'
 	touch $@
 
-sglang-env: ## SGLang for machines without a GPU, in .venv-sglang (3 GB, two minutes; nothing to do when it is there)
-	$(PYTHON) tools/sglang_env.py --output .venv-sglang
+sglang-env: venv ## SGLang for machines without a GPU, in .venv-sglang (3 GB, two minutes; nothing to do when it is there)
+	$(PY) tools/sglang_env.py --output .venv-sglang
 
 slurm: ## what the tests of the Slurm scripts need: Debian's packages, where root may install them
 	sh tools/install_slurm.sh

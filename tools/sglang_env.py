@@ -50,8 +50,8 @@ def make(output: Path) -> None:
         FileExistsError: `output` is something else than an environment.
         CalledProcessError: pip or the last check failed; what they printed was shown.
     """
-    stamp, python = output / STAMP, output / "bin" / "python"
-    if python.exists() and stamp.is_file() and stamp.read_text() == digest():
+    stamp, python, wanted = output / STAMP, output / "bin" / "python", digest()
+    if python.exists() and stamp.is_file() and stamp.read_text() == wanted:
         return
     if output.exists() and not (output / "pyvenv.cfg").is_file() and any(output.iterdir()):
         raise FileExistsError(f"--output {output}: is there and no Python environment; give another folder")
@@ -70,7 +70,7 @@ def make(output: Path) -> None:
     shutil.copy(SHIMS / "sitecustomize.py", target)
     shutil.copytree(SHIMS / "sgl_kernel", target / "sgl_kernel", dirs_exist_ok=True)
     subprocess.run([str(python), "-W", "ignore", "-c", "import sglang.srt.entrypoints.http_server"], check=True)
-    stamp.write_text(digest())
+    stamp.write_text(wanted)
 
 
 def main(argv: list[str] | None = None) -> int:

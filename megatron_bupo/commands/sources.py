@@ -20,9 +20,6 @@ from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSour
 if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang import SGLangEngine
 
-API_KEY = "SGLANG_API_KEY"
-"""In the environment: a flag would be read by everybody on the machine, and kept in run.json."""
-
 
 def make_source(
     config: TrainConfig, arch: Architecture, prompts: PromptSet | None, state: ParallelState, dtype: torch.dtype
@@ -62,6 +59,7 @@ def _start_served_engine(config: TrainConfig, arch: Architecture, state: Paralle
 
 
 def _served_engine(config: TrainConfig, arch: Architecture, device: torch.device) -> SGLangEngine:
+    from megatron_bupo.rollout.server_process import API_KEY_VARIABLE
     from megatron_bupo.rollout.sglang import SGLangEngine
     from megatron_bupo.rollout.sglang_servers import Servers
     from megatron_bupo.rollout.weight_sync import WeightSync
@@ -73,7 +71,7 @@ def _served_engine(config: TrainConfig, arch: Architecture, device: torch.device
         "bf16" if model.bf16 else "fp32",
         run.seed,
         Path(run.save) / "sglang" if run.save else None,
-        os.environ.get(API_KEY),
+        os.environ.get(API_KEY_VARIABLE),
     )
     on_gpus = device.type == "cuda" and all(worker.info.device == "cuda" for worker in servers.workers)
     method = ("distributed" if on_gpus else "tensor") if flags.weight_sync == "auto" else flags.weight_sync

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import uuid
 import warnings
 from collections import deque
@@ -38,6 +37,8 @@ STRIKES = 3
 """Failures in a row, with no response between them, after which a lane that seems healthy counts as dead."""
 PUSHES = 3
 """How often the weights are sent to a lane that comes back, before it is lost."""
+REPAIRS = 5
+"""Repairs in a row, with no response between them, after which a lane is lost."""
 ABORT_TIMEOUT_S = 5.0
 REFUSALS = frozenset({400, 401, 403, 404, 405, 413, 422})
 """HTTP statuses that say that the request is wrong; asking again would not help."""
@@ -69,7 +70,6 @@ class Batch:
         self._jobs = [Job(request, seed) for request, seed in zip(requests, seeds, strict=True)]
         self._queue = deque(self._jobs)
         self._unanswered = len(self._jobs)
-        self._numbers = itertools.count()
         self._lanes: list[Lane] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._cancel: Callable[[], object] | None = None
@@ -102,7 +102,9 @@ class Batch:
             await self._abort_rest()
             raise
         await self._end_tasks()
-        return [job.generation for job in self._jobs if job.generation is not None]
+        generations = [job.generation for job in self._jobs if job.generation is not None]
+        assert len(generations) == len(self._jobs), "a request was lost"
+        return generations
 
     def stop(self) -> None:
         """Have `run` raise CancelledError, after it has told the servers to stop."""
@@ -144,7 +146,7 @@ class Batch:
             lane.failed.append((job, failure))
             lane.alarm.set()
             return
-        job.generation, lane.strikes = generation, 0
+        job.generation, lane.strikes, lane.repairs = generation, 0, 0
         self._unanswered -= 1
         self._report(1)
         if self._unanswered == 0 and not self._over.done():
@@ -223,7 +225,9 @@ class Batch:
         """Whether a lane can go on, after its servers were brought back and given the weights."""
         if any(self._repairs.is_lost(worker) for worker in lane.workers):
             return False
-        for _ in range(PUSHES):
+        lane.repairs += 1
+        failure = f"it fails again after {REPAIRS} repairs: {'; '.join(ill.what for ill in ailing.values())}"
+        for _ in range(PUSHES if lane.repairs <= REPAIRS else 0):
             for worker in ailing:
                 worker.version, worker.checked = None, False
             revivals = [self._repairs.revive(worker, ill.what) for worker, ill in ailing.items() if ill.needs_revival]
@@ -243,9 +247,8 @@ class Batch:
             await self._open(lane)
             self._fill()
             return True
-        for worker in lane.workers:
-            if worker.version != self._version:
-                self._repairs.give_up(worker, failure)
+        for worker in ailing or lane.workers:
+            self._repairs.give_up(worker, failure)
         return False
 
     async def _open(self, lane: Lane) -> None:

@@ -48,7 +48,7 @@ class Lane:
         asked: what it works at.
         failed: requests that failed there, and how; they wait for the verdict on the lane.
         alarm: set when that verdict is due.
-        strikes: failures in a row, with no response between them.
+        strikes, repairs: times in a row that something failed, or that it was repaired, with no response between them.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -58,7 +58,7 @@ class Lane:
         self.asked: dict[asyncio.Task[None], Job] = {}
         self.failed: list[tuple[Job, str]] = []
         self.alarm = asyncio.Event()
-        self.strikes = 0
+        self.strikes, self.repairs = 0, 0
 
     @property
     def workers(self) -> list[Worker]:

@@ -5,6 +5,7 @@ Endpoints and answers are those of sglang 0.5.23. Proxies of the environment are
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 CONNECT_S = 10.0
 """Seconds to open a connection; what an answer may take differs by request."""
+DRIP_S = 1.0
+"""Seconds beyond its time that an answer may take to arrive, once it has begun."""
+IDLE_S = 2.0
+"""Seconds that an idle connection is kept. The server drops it after 5, and must not be first."""
 
 
 class ServerError(RuntimeError):
@@ -52,7 +57,10 @@ class SGLangClient:
         self._library = _httpx()
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._async_transport = async_transport
-        self._blocking = self._library.Client(headers=self._headers, trust_env=False, transport=transport)
+        limits = self._library.Limits(keepalive_expiry=IDLE_S)
+        self._blocking = self._library.Client(
+            headers=self._headers, trust_env=False, transport=transport, limits=limits
+        )
 
     def get(self, path: str, *, timeout_s: float) -> Any:
         """The JSON of an answer (None for an empty one). Raises ServerError."""
@@ -72,7 +80,7 @@ class SGLangClient:
 
     def for_event_loop(self, limit: int) -> httpx2.AsyncClient:
         """A client for the running event loop, with at most `limit` connections; its user closes it."""
-        limits = self._library.Limits(max_connections=limit, max_keepalive_connections=limit)
+        limits = self._library.Limits(max_connections=limit, max_keepalive_connections=limit, keepalive_expiry=IDLE_S)
         return self._library.AsyncClient(
             headers=self._headers, trust_env=False, limits=limits, transport=self._async_transport
         )
@@ -80,8 +88,12 @@ class SGLangClient:
     async def ask(self, client: httpx2.AsyncClient, path: str, body: Any, *, timeout_s: float) -> Any:
         """`post` on the event loop, over a client of `for_event_loop`. Raises ServerError; can be cancelled."""
         try:
-            answer = await client.post(self.url + path, json=body, timeout=self._timeout(timeout_s))
-        except self._library.TransportError as error:
+            asked = client.post(self.url + path, json=body, timeout=self._timeout(timeout_s))
+            # The library's limit is for each piece of an answer, not for an answer that drips.
+            answer = await asyncio.wait_for(asked, timeout_s + DRIP_S)
+        except asyncio.TimeoutError as error:
+            raise ServerError(self.url, path, f"no whole answer in {timeout_s:g} s") from error
+        except self._library.RequestError as error:
             raise ServerError(self.url, path, describe(error)) from error
         return self._json(answer, path)
 
@@ -91,7 +103,7 @@ class SGLangClient:
     def _request(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
         try:
             answer = self._blocking.request(method, self.url + path, json=body, timeout=self._timeout(timeout_s))
-        except self._library.TransportError as error:
+        except self._library.RequestError as error:
             raise ServerError(self.url, path, describe(error)) from error
         return self._json(answer, path)
 

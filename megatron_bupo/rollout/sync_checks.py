@@ -26,8 +26,9 @@ _PART = re.compile(rf"\.({'|'.join(_STACKED)})\.")
 _PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 _ROWS_MULTIPLE = 64  # the server's vocabulary is padded with zeros to a multiple of it
 _PROBE_LENGTH = 24
-MAX_PROBE_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-"""Nats between trainer and server for one token of the probe; both round differently."""
+# Nats between trainer and server. In fp32 the largest one counts. In bf16, where the rounding of single tokens reaches
+# whole nats (SmolLM2-135M: 0.3 between two ways of attention, 2.7 against fp32, 0.1 and 0.2 on average), it is the mean.
+_MAX_DIFFERENCE_FP32, _MAX_MEAN_DIFFERENCE = 1e-3, 0.3
 
 
 class ExpectedWeights:
@@ -118,7 +119,6 @@ def check_probe(attempt: Attempt, tokens: list[int], trainer: Sequence[float], d
         "logprob_start_len": 0,
     }
     answers = attempt.on_all(doing, lambda worker: ask(worker, "/generate", body, attempt.timeout_s))
-    allowed = MAX_PROBE_DIFFERENCE.get(dtype, MAX_PROBE_DIFFERENCE[torch.bfloat16])
     for worker, answer in zip(attempt.workers, answers, strict=True):
         try:
             entries = answer["meta_info"]["input_token_logprobs"][1:]
@@ -128,17 +128,21 @@ def check_probe(attempt: Attempt, tokens: list[int], trainer: Sequence[float], d
             raise attempt.error(worker, doing, "its answer holds no log-probs of the prompt") from error
         if len(found) != len(trainer):
             raise attempt.error(worker, doing, f"{len(found)} log-probs came, for {len(trainer)} tokens")
-        differences = [abs(here - there) for here, there in zip(trainer, found, strict=True)]
-        # Written so that NaN, on either side, is a difference.
-        off = [at for at, difference in enumerate(differences) if not difference <= allowed]
-        if off:
-            at = off[0]
-            raise attempt.error(
-                worker,
-                doing,
-                f"token {at + 1} has {found[at]:.6g} there and {trainer[at]:.6g} in the trainer; at most {allowed} "
-                f"nats may lie between ({len(off)} of {len(found)} tokens are off)",
-            )
+        if problem := _probe_problem(torch.tensor(trainer), torch.tensor(found), exact=dtype == torch.float32):
+            raise attempt.error(worker, doing, problem)
+
+
+def _probe_problem(trainer: Tensor, server: Tensor, exact: bool) -> str | None:
+    """What is wrong with the server's log-probs, both [tokens], in words. NaN on either side is wrong."""
+    differences = (trainer - server).abs()
+    off, allowed = (differences.max(), _MAX_DIFFERENCE_FP32) if exact else (differences.mean(), _MAX_MEAN_DIFFERENCE)
+    if off <= allowed:
+        return None
+    at = int(differences.nan_to_num(torch.inf).argmax())
+    return (
+        f"they are {float(off):.3g} nats off{'' if exact else ' on average'}, and {allowed} are allowed; most so "
+        f"token {at + 1}: {float(server[at]):.6g} there, {float(trainer[at]):.6g} in the trainer"
+    )
 
 
 def check_version(attempt: Attempt) -> None:

@@ -168,11 +168,11 @@ class WeightSync:
     def _tidy_up(self, attempt: Attempt) -> None:
         """After a failure: no update is left open, and the servers run again, each as far as it answers."""
         self._method.abandon()
-        patience = min(attempt.timeout_s, SHORT_S)
 
         def tidy(worker: Worker) -> None:
-            if self._method.in_session:
-                is_answered(worker, "/end_weight_update", {}, patience)
+            patience = min(attempt.timeout_s, SHORT_S)
+            if self._method.in_session and not is_answered(worker, "/end_weight_update", {}, patience):
+                patience = 1.0  # it hangs, and will find this when it goes on
             is_answered(worker, "/continue_generation", {}, patience)
 
         attempt.on_all("tidying up", tidy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -60,20 +60,6 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[B
     held.clear()
 
 
-@dataclass
-class Failures:
-    """What went wrong at which server, in the order of time: the first is the cause, others may follow from it."""
-
-    found: list[tuple[Worker, Exception]] = field(default_factory=list)
-
-    def watch(self, worker: Worker, call: Callable[[Worker], _Answer]) -> _Answer:
-        try:
-            return call(worker)
-        except Exception as error:
-            self.found.append((worker, error))
-            raise
-
-
 @dataclass(frozen=True)
 class Attempt:
     """One push of one version to some servers, and the words that its errors begin with."""
@@ -92,28 +78,30 @@ class Attempt:
 
     def on_all(self, doing: str, call: Callable[[Worker], _Answer]) -> list[_Answer]:
         """`call` for all servers at once, each in a thread. Waits for all; SyncError with the first that failed."""
-        failures = Failures()
+        failures: list[tuple[Worker, Exception]] = []
+
+        def watched(worker: Worker) -> _Answer:
+            try:
+                return call(worker)
+            except Exception as error:
+                failures.append((worker, error))
+                raise
+
         with ThreadPoolExecutor(len(self.workers)) as pool:
-            futures = [pool.submit(failures.watch, worker, call) for worker in self.workers]
+            futures = [pool.submit(watched, worker) for worker in self.workers]
             wait(futures)
-        self.raise_first(doing, failures)
+        if failures:
+            (worker, error), *more = failures
+            also = f"; {', '.join(other.name for other, _ in more)} failed too" if more else ""
+            raise self.error(worker, doing, f"{error}{also}") from error
         return [future.result() for future in futures]
 
     def post(self, doing: str, path: str, body: Any) -> list[Any]:
         """One POST to all servers at once. Raises SyncError."""
         return self.on_all(doing, lambda worker: ask(worker, path, body, self.timeout_s))
 
-    def raise_first(self, doing: str, failures: Failures) -> None:
-        """Raise SyncError where a server failed; the others that did are named too."""
-        if not failures.found:
-            return
-        (worker, error), *more = failures.found
-        others = {other.name for other, _ in more} - {worker.name}
-        also = f"; {', '.join(sorted(others))} failed too" if others else ""
-        raise self.error(worker, doing, f"{error}{also}") from error
-
     def error(self, worker: Worker, doing: str, what: str) -> SyncError:
-        server = "" if worker.name in what else f"{worker.name}: "
+        server = "" if what.startswith(worker.name) else f"{worker.name}: "
         return SyncError(worker, f"weight sync ({self.method}, version {self.version}), {doing}: {server}{what}")
 
 

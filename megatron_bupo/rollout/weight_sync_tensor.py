@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import pickle
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_bupo.rollout.weight_sync_calls import Attempt, ask, buckets
+from megatron_bupo.rollout.weight_sync_calls import Attempt, Bucket, ask, buckets
+
+if TYPE_CHECKING:
+    from megatron_bupo.rollout.sglang_servers import Worker
 
 
 class TensorMessages:
@@ -25,17 +29,17 @@ class TensorMessages:
         # A message holds one copy for every tensor-parallel rank of the server.
         copies = max(worker.info.tp_size for worker in attempt.workers)
         for bucket in buckets(tensors, max(1, self._bucket_bytes // copies)):
-            body = {"load_format": None, "flush_cache": False, "weight_version": attempt.label(bucket)}
-            entry = serialize(bucket.tensors)
-            attempt.on_all(
-                str(bucket),
-                lambda worker, body=body, entry=entry: ask(  # type: ignore[misc]
-                    worker,
-                    "/update_weights_from_tensor",
-                    {"serialized_named_tensors": [entry] * worker.info.tp_size, **body},
-                    attempt.timeout_s,
-                ),
-            )
+            self._post(attempt, bucket)
+
+    def _post(self, attempt: Attempt, bucket: Bucket) -> None:
+        entry = serialize(bucket.tensors)
+        body = {"load_format": None, "flush_cache": False, "weight_version": attempt.label(bucket)}
+
+        def post(worker: Worker) -> None:
+            whole = body | {"serialized_named_tensors": [entry] * worker.info.tp_size}
+            ask(worker, "/update_weights_from_tensor", whole, attempt.timeout_s)
+
+        attempt.on_all(str(bucket), post)
 
     def abandon(self) -> None:
         """Nothing outlives a failed push."""

@@ -188,6 +188,11 @@ def test_load_is_spread_within_the_limit_and_samples_of_a_prompt_stay_together(
     before = [len(fake.requests) for fake in stand_ins.fakes]
     engine.generate(_requests(1, samples=6), PARAMS)
     assert [len(fake.requests) - old for fake, old in zip(stand_ins.fakes, before, strict=True)] == [3, 3]
+    # The quicker one does more.
+    stand_ins.fakes[0].delay_s, before = 0.3, [len(fake.requests) for fake in stand_ins.fakes]
+    engine.generate(_requests(12), PARAMS)
+    slow, quick = (len(fake.requests) - old for fake, old in zip(stand_ins.fakes, before, strict=True))
+    assert slow + quick == 48 and slow <= 16
     assert engine.generate([], PARAMS) == []
 
 
@@ -280,6 +285,16 @@ def test_answers_of_other_weights_are_not_used(make: Callable[[int], StandIns]) 
     with pytest.warns(UserWarning, match="was given the weights again: it holds weights 'default', not '1'"):
         _check(requests, engine.generate(requests, PARAMS))
     assert stand_ins.events == [("push", [0]), ("push", [0])]
+
+
+def test_a_server_that_never_keeps_the_weights_is_lost_in_the_end(make: Callable[[int], StandIns]) -> None:
+    stand_ins = make(1)
+    engine = stand_ins.engine()
+    engine.update_weights(MODEL, "1")
+    stand_ins.fakes[0].fault = _fail(1000, "stale")
+    with pytest.raises(EngineError, match="it fails again after 5 repairs: it holds weights 'default', not '1'"):
+        engine.generate(_requests(4), PARAMS)
+    assert stand_ins.events == [("push", [0])] * 6
 
 
 def test_a_refused_request_ends_the_batch_at_once(make: Callable[[int], StandIns]) -> None:

@@ -1,16 +1,14 @@
-"""Launching, waiting for, reviving and ending servers, a stub in the place of sglang; the guard, with real kills."""
+"""Launching, waiting for, reviving and ending servers, with a stub in the place of sglang."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,43 +17,14 @@ import psutil
 import pytest
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.server_process import ServerProcess, check_server_args, free_port, server_environment
+from megatron_bupo.rollout.server_process import check_server_args, free_port, server_environment
 from megatron_bupo.rollout.sglang_servers import Servers, ServersError
 from megatron_bupo.rollout_config import SGLangConfig
+from tests.unit.test_server_guard import alive, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="servers are launched on Linux only")
 ROOT = Path(__file__).parents[2]
 KEY = "s3cret-key"
-
-# A server with a child and a grandchild in a session of its own; both are deaf to TERM. Writes all pids.
-TREE = textwrap.dedent(
-    """
-    import os, signal, subprocess, sys, time
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    below = deaf + f"import subprocess, sys; words = [sys.executable, '-c', {deaf + 'time.sleep(600)'!r}]; "
-    below += "print(subprocess.Popen(words, start_new_session=True).pid, flush=True); time.sleep(600)"
-    child = subprocess.Popen([sys.executable, "-c", below], stdout=subprocess.PIPE, text=True)
-    grandchild = child.stdout.readline().strip()
-    with open(sys.argv[1] + ".tmp", "w") as file:
-        file.write(f"{os.getpid()} {child.pid} {grandchild}")
-    os.rename(sys.argv[1] + ".tmp", sys.argv[1])
-    time.sleep(float(sys.argv[2]))
-    """
-)
-# A run that launches it, and has forked a child that holds every file of the run open, the guard's pipe too.
-RUN = textwrap.dedent(
-    f"""
-    import os, sys, time
-    from pathlib import Path
-    from megatron_bupo.rollout.server_process import ServerProcess
-    command = [sys.executable, "-c", {TREE!r}, sys.argv[1], "600"]
-    process = ServerProcess(command, dict(os.environ), Path(sys.argv[2]), None)
-    if os.fork() == 0:
-        time.sleep(60)
-        os._exit(0)
-    time.sleep(600)
-    """
-)
 
 # A run that waits for a server that never becomes ready.
 SLOW_START = textwrap.dedent(
@@ -69,93 +38,6 @@ SLOW_START = textwrap.dedent(
     Servers.start(config, "m", "fp32", 1, Path(sys.argv[1]), None)
     """
 )
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """The first true value of `what`; fails when there is none in time."""
-    deadline = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return value
-
-
-def pids_of(file: Path) -> list[int]:
-    return [int(pid) for pid in wait_for(lambda: file.exists() and file.read_text()).split()]
-
-
-def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-
-
-@pytest.fixture
-def pids(tmp_path: Path) -> Iterator[Path]:
-    """Where a tree of processes writes its pids; ends them where the test did not."""
-    file = tmp_path / "pids"
-    yield file
-    for pid in alive(pids_of(file)):
-        os.kill(pid, signal.SIGKILL)
-
-
-def start_tree(pids: Path, seconds: float = 600) -> ServerProcess:
-    command = [sys.executable, "-c", TREE, str(pids), str(seconds)]
-    return ServerProcess(command, dict(os.environ), pids.with_name("server_0.log"), None)
-
-
-# The guard.
-
-
-def test_a_killed_run_takes_the_whole_tree_of_its_server_along(pids: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", RUN, str(pids), str(tmp_path / "server_0.log")]
-    run = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
-    tree = pids_of(pids)
-    assert alive(tree) == tree
-    run.kill()
-    run.wait()
-    wait_for(lambda: not alive(tree))
-    os.killpg(run.pid, signal.SIGKILL)  # the process that it had forked
-
-
-def test_stop_ends_the_whole_tree(pids: Path) -> None:
-    process = start_tree(pids)
-    tree = pids_of(pids)
-    process.begin_stop()
-    process.wait()
-    assert alive(tree) == []
-    assert process.exit_status() == 128 + signal.SIGTERM
-
-
-def test_kill_ends_a_stopped_server_at_once(pids: Path) -> None:
-    process = start_tree(pids)
-    tree = pids_of(pids)
-    os.kill(tree[0], signal.SIGSTOP)
-    started = time.monotonic()
-    process.kill()
-    assert time.monotonic() - started < 5
-    assert alive(tree) == []
-    process.kill()  # once more does no harm
-
-
-def test_what_a_dead_server_leaves_behind_is_ended(pids: Path) -> None:
-    process = start_tree(pids)
-    tree = pids_of(pids)
-    os.kill(tree[0], signal.SIGKILL)
-    assert wait_for(process.exit_status) == 128 + signal.SIGKILL
-    assert alive(tree) == []
-
-
-def test_a_killed_guard_takes_the_server_along(pids: Path) -> None:
-    process = start_tree(pids)
-    tree = pids_of(pids)
-    os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: tree[0] not in alive(tree))
-
-
-def test_a_server_that_ends_by_itself(pids: Path) -> None:
-    process = start_tree(pids, seconds=0)
-    process.wait()
-    assert process.exit_status() == 0
-    assert alive(pids_of(pids)) == []
 
 
 # Flags and environment.
@@ -266,7 +148,7 @@ def test_a_wrong_key_is_said_at_once(start: Start) -> None:
 
 
 def test_a_server_that_dies_at_the_start_says_why(start: Start, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"ended while it started \(exit status 1\).*server_0.log.*no memory left"):
+    with pytest.raises(UsageError, match=r"ended while it started \(exit status 1\).*server_[01]\.log.*no memory left"):
         start("die", sglang_num_servers=2)
     assert nothing_runs()
 
@@ -366,6 +248,13 @@ def test_a_server_that_dies_at_every_start_spends_the_budget(start: Start) -> No
     ):
         servers.revive(worker)
     assert worker.version is None
+    assert nothing_runs()
+
+
+def test_a_server_that_comes_too_late_is_not_left_behind(start: Start) -> None:
+    servers = start("slow-again", sglang_start_timeout=4.0)
+    with pytest.raises(ServersError, match=r"did not come back: .*not ready after --sglang-start-timeout 4 s"):
+        servers.revive(servers.workers[0])
     assert nothing_runs()
 
 

@@ -335,7 +335,7 @@ def test_what_arrived_wrong_is_found(tensors: dict[str, Tensor]) -> None:
     assert "it has no model.layers.2.input_layernorm.weight" in outcome(nothing, more)
     for wrong in (LOGPROBS[3] + 2e-3, math.nan):
         text = outcome(lambda server, wrong=wrong: server.logprobs.__setitem__(3, wrong))
-        assert "token 4 has" in text and "(1 of 23 tokens are off)" in text
+        assert "nats off, and 0.001 are allowed; most so token 4: " in text
     assert "22 log-probs came" in outcome(lambda server: _shorten(server))
 
     def stuck_version(server: FakeServer) -> None:
@@ -343,6 +343,17 @@ def test_what_arrived_wrong_is_found(tensors: dict[str, Tensor]) -> None:
         server._act = lambda call, body: (200, {"weight_version": "0"}) if call == "model_info" else act(call, body)  # type: ignore[method-assign]
 
     assert "asking for the version: http://one:1: it serves version 0" in outcome(stuck_version)
+
+
+def test_the_probe_in_bf16_goes_by_the_mean(tensors: dict[str, Tensor]) -> None:
+    """There single tokens are off by whole nats, though the weights are right."""
+    model = FakeModel({name: tensor.bfloat16() for name, tensor in tensors.items()})
+    server = FakeServer(tensors)
+    server.logprobs[5] += 4.0
+    sync_of().push([server.worker()], model, "1")
+    server.logprobs = [number + 0.31 for number in LOGPROBS]
+    with pytest.raises(SyncError, match=r"0\.31 nats off on average, and 0\.3 are allowed"):
+        sync_of().push([server.worker()], model, "1")
 
 
 def _shorten(server: FakeServer) -> None:

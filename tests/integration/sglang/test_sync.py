@@ -96,7 +96,7 @@ def test_from_every_layout(layout: str, servers: Servers, tiny_qwen3: Path, tmp_
     result = torchrun(processes, WORKER, str(tiny_qwen3), str(tmp_path), urls, *flags)
     print(result.stdout)
     assert_passed(result)
-    assert result.stdout.count(" nats") == 3 * 2 * 2
+    assert result.stdout.count(" nats") == 4 * len(servers.workers)
 
 
 @pytest.mark.parametrize("method", ["tensor", "distributed"])
@@ -121,7 +121,7 @@ def test_what_arrives_wrong_is_caught(
     assert f"its {name} of 34 tensors is not what the trainer sent" in outcome()
     true_logprobs = trainer.logprobs
     trainer.logprobs = lambda tokens: [number + 2e-3 for number in true_logprobs(tokens)]  # type: ignore[method-assign]
-    assert "nats may lie between (23 of 23 tokens are off)" in outcome()
+    assert "they are 0.002 nats off, and 0.001 are allowed" in outcome()
     trainer.logprobs = true_logprobs  # type: ignore[method-assign]
     sync.push(servers.workers, trainer, "9")
     assert_in_step(servers, trainer, tiny_qwen3, "9")
@@ -132,7 +132,7 @@ def test_a_server_that_stands_still(
     method: str, servers: Servers, trainer: Trainer, make_sync: Callable[..., WeightSync], tiny_qwen3: Path
 ) -> None:
     """SIGSTOP in the middle: the push fails in time, and after SIGCONT the next one works without a restart."""
-    sync, victim = make_sync(method, timeout_s=6.0), servers.workers[1]
+    sync, victim = make_sync(method, timeout_s=5.0), servers.workers[1]
     sync.push(servers.workers, trainer, "1")
     stopped = server_processes(victim)
     trainer.at["model.layers.2.mlp.gate_proj.weight"] = lambda: [process.suspend() for process in stopped]
@@ -144,8 +144,8 @@ def test_a_server_that_stands_still(
     for process in stopped:
         process.resume()
     assert caught.value.worker is victim and victim.client.url in str(caught.value)
-    # One message, and two calls that tidy up (and one to leave the group).
-    assert seconds < 6 * 4 + 5, seconds
+    # One message, leaving the group, and two calls that tidy up.
+    assert seconds < 5 + 5 + 5 + 1 + 5, seconds
     assert [worker.version for worker in servers.workers] == [None, None]
     sync.push(servers.workers, trainer, "2")
     assert_in_step(servers, trainer, tiny_qwen3, "2")

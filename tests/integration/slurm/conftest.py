@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from tests.integration.sglang.conftest import CPU_FLAGS, VOCAB_SIZE, sglang_python, tiny_qwen3
 from tests.integration.slurm.cluster import Cluster, missing
-from tests.integration.slurm.jobs import Training
+from tests.integration.slurm.jobs import HOLD, RUN, Training
 
 __all__ = ["cluster", "sglang_python", "tiny_qwen3", "training"]
 
@@ -47,11 +48,12 @@ def training(tmp_path: Path, cluster: Cluster, sglang_python: Path, tiny_qwen3: 
     rng = random.Random(0)
     rows = [{"prompt": f"w{rng.randrange(2, VOCAB_SIZE)} w7", "answer": "0"} for _ in range(8)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hold, run = tmp_path / "hold", tmp_path / "run"
-    (tmp_path / "reward.py").write_text(REWARD.format(hold=str(hold), metrics=str(run / "metrics.jsonl")))
+    model = shutil.copytree(tiny_qwen3, tmp_path / "model")
+    metrics = tmp_path / RUN / "metrics.jsonl"
+    (tmp_path / "reward.py").write_text(REWARD.format(hold=str(tmp_path / HOLD), metrics=str(metrics)))
     (tmp_path / "config.yaml").write_text(
         f"""
-hf-model: {tiny_qwen3}
+hf-model: {model}
 prompt-data: [{tmp_path}/prompts.jsonl]
 reward: {tmp_path}/reward.py:even
 reward-timeout: 300
@@ -64,13 +66,13 @@ lr: 1.0e-3
     )
     settings = {
         "CONFIG": str(tmp_path / "config.yaml"),
-        "HF_MODEL": str(tiny_qwen3),
+        "HF_MODEL": str(model),
         "DTYPE": "float32",
-        "RUN": str(run),
+        "RUN": str(tmp_path / RUN),
         "SAVE_INTERVAL": "1",
         "PYTHON": sys.executable,
         "SGLANG_PYTHON": str(sglang_python),
         "SGLANG_ARGS": CPU_FLAGS,
         "OMP_NUM_THREADS": "1",
     }
-    return Training(cluster, run, hold, settings)
+    return Training(cluster, tmp_path, settings)

@@ -11,6 +11,7 @@ import psutil
 from megatron_bupo.analysis.plots import read_metrics
 from tests.integration.slurm.cluster import ENDED, Cluster, wait_for
 
+RUN, HOLD = "run", "hold"
 ROOT = Path(__file__).resolve().parents[3]
 # Two servers may start one after the other on two loaded cores.
 JOB_S = 400.0
@@ -20,14 +21,13 @@ class Training:
     """One run of the tiny model, through any number of starts of its job.
 
     Args:
-        run: its folder.
-        hold: a file; while it is there the run stands still in the step after the one that it names.
+        folder: has everything of this run and of no other: model, configuration, log, outputs.
         settings: the scripts' environment variables.
     """
 
-    def __init__(self, cluster: Cluster, run: Path, hold: Path, settings: dict[str, str]) -> None:
-        self.cluster, self.run, self.hold, self.settings = cluster, run, hold, settings
-        self.log_file = run.parent / "job.log"
+    def __init__(self, cluster: Cluster, folder: Path, settings: dict[str, str]) -> None:
+        self.cluster, self.folder, self.settings = cluster, folder, settings
+        self.run, self.hold, self.log_file = folder / RUN, folder / HOLD, folder / "job.log"
 
     def submit(self, script: str, *flags: str, resources: tuple[str, ...] = (), **settings: str) -> str:
         """The job's number. `flags` go to train, `resources` to sbatch, `settings` replace some of the script's."""
@@ -41,7 +41,7 @@ class Training:
         return read_metrics(self.run) if (self.run / "metrics.jsonl").exists() else []
 
     def hold_after(self, step: int) -> None:
-        """Let the run go on until it is in the rewards of the step after this one."""
+        """Let the run go on until it is in the rewards of the step after this one; `hold` removed, to its end."""
         self.hold.write_text(str(step))
 
     def wait(self, what: str, done: Callable[[], object], job: str) -> None:
@@ -66,21 +66,28 @@ class Training:
         return self.cluster.state(job)
 
     def start_again(self, job: str) -> None:
-        """Wait until a requeued job is back in the queue, and start it now and not in two minutes."""
+        """Wait until a requeued job is back in the queue, and let it start now and not in two minutes.
+
+        Not at once: a node refuses a job whose end and new start are in the same second.
+        """
         self.wait("the requeue", lambda: self.cluster.state(job) == "PENDING", job)
         listed = self.cluster.ask("squeue", "--jobs", job, "--noheader", "--format", "%i").split()
         for component in listed:
-            self.cluster.ask("scontrol", "update", f"JobId={component}", "StartTime=now")
+            self.cluster.ask("scontrol", "update", f"JobId={component}", "StartTime=now+2")
 
-    def processes(self, mark: str) -> list[psutil.Process]:
-        """Those of this run, whose command lines name its folder or this text; without the ones of Slurm itself."""
+    def processes(self, program: str = "") -> list[psutil.Process]:
+        """Those of this run, and of nobody else: their command lines name its folder (or the model in it).
+
+        `program` is a word that they must have as well. Slurm's own daemons and steps are not among them.
+        """
         return [
             process
             for process in psutil.process_iter(["name", "cmdline"])
-            if any(mark in word for word in process.info["cmdline"] or [])
-            and not process.info["name"].startswith(("slurm", "unshare"))
+            if any(f"{self.folder}/" in word for word in process.info["cmdline"] or [])
+            and (not program or program in process.info["cmdline"])
+            and not process.info["name"].startswith("slurm")
         ]
 
     def went_on_after(self) -> list[int]:
         """The steps after which the starts of this run went on, as its log tells."""
-        return [int(step) for step in re.findall(r"going on after step (\d+)", self.log())]
+        return [int(step) for step in re.findall(r"iter_\d+: going on after step (\d+)", self.log())]

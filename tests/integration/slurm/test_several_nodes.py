@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
@@ -18,8 +20,12 @@ def test_two_pipeline_stages_and_a_server(training: Training) -> None:
     training.hold_after(1)
     job = training.submit("several_nodes.sbatch", *PP2, resources=LAYOUT)
     training.wait_for_step(1, job)
-    server = training.processes("sglang.launch_server")[0]
+    (server,) = training.processes("sglang.launch_server")
     command = " ".join(server.cmdline())
+    host, port = re.findall(r"servers at (\w+):(\d+)", training.log())[0]
+    assert f"--host {host} --port {port} " in command
+    with pytest.raises(HTTPError, match="401"):  # it wants the key
+        urlopen(f"http://127.0.0.1:{port}/model_info", timeout=60)
     server.kill()
     training.hold_after(2)
     training.wait_for_step(2, job)
@@ -31,27 +37,30 @@ def test_two_pipeline_stages_and_a_server(training: Training) -> None:
     assert [step["step"] for step in training.metrics()] == [1, 2, 3, 4]
     assert max(step["logprob_diff_max"] for step in training.metrics()) < 1e-4
     assert training.went_on_after() == [2]
-    host, port = re.findall(r"servers at (\w+):(\d+)", training.log())[0]
-    assert f"--host {host} --port {port} " in command
     assert f"the server at {host}:{port} ended" in training.log()
     for node in ("node1", "node2"):
         assert len(list((training.run / "logs" / node).glob("*/attempt_0/0/stdout.log"))) == 2  # one for each start
-    # The server was asked for its key, which no command line had and nobody else can read.
+    # No command line had the key, and nobody else can read it.
     log = training.run / "sglang" / f"server_{host}.log"
     keys = set(re.findall(r"api_key'?[:=] ?'(\w+)'", log.read_text()))
     assert keys, "the servers had no key"
     assert not any(key in command or key in training.log() for key in keys)
     assert (training.run / "sglang").stat().st_mode & 0o077 == 0
     assert not list(training.run.glob(".servers-*"))
-    wait_for("the end of the server", lambda: not training.processes(str(training.run)), 30)
+    wait_for("the end of the server", lambda: not training.processes(), 40)
 
 
 def test_servers_that_are_lost_end_the_job(training: Training) -> None:
-    job = training.submit("several_nodes.sbatch", resources=LAYOUT, SGLANG_PYTHON="/bin/false", SERVER_RESTARTS="1")
+    """A "server" that says its flags and ends; on the way: every node's GPUs reach what runs there."""
+    gpus = ("--gpus-per-node=2", ":", "--gpus-per-node=4")
+    job = training.submit("several_nodes.sbatch", resources=gpus, SGLANG_PYTHON="/bin/echo", SERVER_RESTARTS="1")
     assert training.wait_for_end(job) == "FAILED"
     assert training.cluster.exit_code(job) == 1
-    assert len(re.findall("the server at node3:.* ended", training.log())) == 2
+    assert "2 process(es) on each of node1," in training.log()
+    assert len(re.findall("the server at node2:.* ended", training.log())) == 2
     assert "had its SERVER_RESTARTS=1: the job ends" in training.log()
+    flags = (training.run / "sglang" / "server_node2.log").read_text().splitlines()
+    assert len(flags) == 2 and all(" --tp 4 " in line for line in flags)
 
 
 @pytest.mark.parametrize(

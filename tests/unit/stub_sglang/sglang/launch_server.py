@@ -1,8 +1,8 @@
 """A server for the tests of launching: sglang's flags, readiness and information, no model.
 
-`--stub` says what goes wrong: `die` at the start, `die-again` at each start but the first (which leaves the file
---marker), `port-once` (at the first start, as if the port had been taken), `foreign` (the first answers as another
-server would), `slow` (never ready). With --workers URL ... it answers as a router in front of them does.
+`--stub` says what goes wrong: `die` at the start, `slow` (never ready), `die-again` and `slow-again` at each start but
+the first (which leaves the file --marker), `port-once` (at the first start, as if the port had been taken), `foreign`
+(the first answers as another server would). With --workers URL ... it answers as a router in front of them does.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def main() -> None:
         raise RuntimeError("no memory left for the stub")
     if args.stub == "port-once" and not marked:
         sys.exit(f"ERROR: [Errno 98] error while attempting to bind on port {args.port}: address already in use")
+    if args.stub == "slow-again" and marked:
+        args.stub = "slow"
     if args.stub == "foreign" and not marked:
         args.weight_version = "another"
     ThreadingHTTPServer((args.host, args.port), _handler(args, key)).serve_forever()
