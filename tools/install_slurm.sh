@@ -1,6 +1,6 @@
 #!/bin/bash
 # Slurm and munge, for the tests that run examples/slurm on a real cluster on this machine. Nothing is configured and no
-# daemon is needed: the tests start their own. Where it cannot be installed this says so, and those tests skip themselves.
+# daemon is needed: the tests start their own. Where it cannot be installed this says so, and those tests skip.
 set -euo pipefail
 
 skipped() {

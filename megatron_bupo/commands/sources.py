@@ -15,10 +15,19 @@ from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rollout.lead import on_first_rank
+from megatron_bupo.rollout.server_process import API_KEY_VARIABLE
 from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSource, ServedGeneration
 
 if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang import SGLangEngine
+
+
+def check_source(config: TrainConfig) -> None:
+    """Raise UsageError for an engine that could not start; nothing is started here."""
+    if config.rollout.rollout_engine == "sglang":
+        from megatron_bupo.rollout.sglang_servers import check_servers
+
+        check_servers(config.sglang, os.environ.get(API_KEY_VARIABLE))
 
 
 def make_source(
@@ -59,7 +68,6 @@ def _start_served_engine(config: TrainConfig, arch: Architecture, state: Paralle
 
 
 def _served_engine(config: TrainConfig, arch: Architecture, device: torch.device) -> SGLangEngine:
-    from megatron_bupo.rollout.server_process import API_KEY_VARIABLE
     from megatron_bupo.rollout.sglang import SGLangEngine
     from megatron_bupo.rollout.sglang_servers import Servers
     from megatron_bupo.rollout.weight_sync import WeightSync
@@ -85,6 +93,8 @@ def _served_engine(config: TrainConfig, arch: Architecture, device: torch.device
         vocab_size=arch.vocab_size,
         tied=arch.tied,
     )
+    shown = ", ".join(f"{w.name} (sglang {w.info.version}, {w.info.device})" for w in servers.workers)
+    print(f"SGLang: {shown} ready; weights by {method}")
     return SGLangEngine(
         servers,
         sync,

@@ -17,7 +17,7 @@ from megatron_bupo.commands.auto_layer import (
     describe_choice,
     layer_of_run,
 )
-from megatron_bupo.commands.sources import make_source
+from megatron_bupo.commands.sources import check_source, make_source
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
@@ -53,6 +53,7 @@ def run(config: TrainConfig) -> None:
     weights.check(table_for(arch))
     _check_export(config)
     prompts = _check_data(config, arch)
+    check_source(config)
     identity = _identity(config, schedule, prompts)
     start = find_start(config.run, identity, watched=config.batch.monitor_responses > 0)
     flow = choice_so_far(config, layer)

@@ -118,16 +118,7 @@ class Launcher:
     api_key: str | None
 
     def __post_init__(self) -> None:
-        host = self.config.sglang_host
-        if sys.platform != "linux":
-            raise UsageError("--sglang-launch: needs Linux; start the servers yourself and give --sglang-url")
-        if not (host in ("localhost", "::1") or host.startswith("127.")) and self.api_key is None:
-            raise UsageError(
-                f"--sglang-host {host}: whoever reaches it could use the servers; set a key in {API_KEY_VARIABLE}, or "
-                "leave 127.0.0.1"
-            )
-        check_server_args(self._more_flags(), self.api_key is not None)
-        check_python(self._python(), self._environment(0))
+        check_launch(self.config, self.api_key)
 
     def launch(self, index: int, num_starts: int, logs: Path) -> tuple[str, str, ServerProcess]:
         """Start server `index`, for the `num_starts`-th time of all; its log is server_INDEX.log in `logs`.
@@ -142,22 +133,48 @@ class Launcher:
         model = os.path.abspath(self.hf_model) if os.path.exists(self.hf_model) else self.hf_model
         # Another seed at each start: the first one again would repeat the noise of the first answers.
         seed = (self.seed + index + (num_starts - 1) * self.config.sglang_num_servers) % 2**31
-        command = [self._python(), "-m", "sglang.launch_server", "--random-seed", str(seed), *self._more_flags()]
+        command = [
+            _python(self.config),
+            "-m",
+            "sglang.launch_server",
+            "--random-seed",
+            str(seed),
+            *_more_flags(self.config),
+        ]
         command += ["--model-path", model, "--dtype", self.dtype, "--weight-version", version]
         command += ["--host", host, "--port", str(port)]
         process = ServerProcess(command, self._environment(index), logs / f"server_{index}.log", self.api_key)
         return f"http://{f'[{reached_at}]' if ':' in reached_at else reached_at}:{port}", version, process
 
-    def _python(self) -> str:
-        """Not resolved: the python of a virtual environment is a link, and knows its environment by its place."""
-        return os.path.abspath(self.config.sglang_python or sys.executable)
-
-    def _more_flags(self) -> list[str]:
-        return shlex.split(self.config.sglang_args or "")
-
     def _environment(self, index: int) -> dict[str, str]:
-        gpus = self.config.sglang_gpus[index] if self.config.sglang_gpus else None
-        return server_environment(os.environ, gpus, own_python=self.config.sglang_python is not None)
+        return _environment(self.config, self.config.sglang_gpus[index] if self.config.sglang_gpus else None)
+
+
+def check_launch(config: SGLangConfig, api_key: str | None) -> None:
+    """Raise UsageError where servers cannot be launched as the flags say. Nothing is started."""
+    host = config.sglang_host
+    if sys.platform != "linux":
+        raise UsageError("--sglang-launch: needs Linux; start the servers yourself and give --sglang-url")
+    if not (host in ("localhost", "::1") or host.startswith("127.")) and api_key is None:
+        raise UsageError(
+            f"--sglang-host {host}: whoever reaches it could use the servers; set a key in {API_KEY_VARIABLE}, or "
+            "leave 127.0.0.1"
+        )
+    check_server_args(_more_flags(config), api_key is not None)
+    check_python(_python(config), _environment(config, None))
+
+
+def _python(config: SGLangConfig) -> str:
+    """Not resolved: the python of a virtual environment is a link, and knows its environment by its place."""
+    return os.path.abspath(config.sglang_python or sys.executable)
+
+
+def _more_flags(config: SGLangConfig) -> list[str]:
+    return shlex.split(config.sglang_args or "")
+
+
+def _environment(config: SGLangConfig, gpus: str | None) -> dict[str, str]:
+    return server_environment(os.environ, gpus, own_python=config.sglang_python is not None)
 
 
 def server_environment(base: Mapping[str, str], gpus: str | None, own_python: bool) -> dict[str, str]:

@@ -54,7 +54,7 @@ class SGLangClient:
         async_transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        self._library = _httpx()
+        self._library = http_library()
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._async_transport = async_transport
         limits = self._library.Limits(keepalive_expiry=IDLE_S)
@@ -142,7 +142,8 @@ def message_of(text: str) -> str:
     return " ".join(str(body).split())[:500]
 
 
-def _httpx() -> Any:
+def http_library() -> Any:
+    """The module of the HTTP client. Raises UsageError where it is not installed."""
     try:
         import httpx2
     except ImportError as error:

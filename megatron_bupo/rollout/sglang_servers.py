@@ -15,9 +15,9 @@ from typing import Literal
 from tqdm import tqdm
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.server_process import API_KEY_VARIABLE, Launcher, ServerProcess
+from megatron_bupo.rollout.server_process import API_KEY_VARIABLE, Launcher, ServerProcess, check_launch
 from megatron_bupo.rollout.server_ready import POLL_S, NotReady, PortTaken, ServerInfo, Wait
-from megatron_bupo.rollout.sglang_client import SGLangClient
+from megatron_bupo.rollout.sglang_client import SGLangClient, http_library
 from megatron_bupo.rollout_config import SGLangConfig
 
 PORT_ATTEMPTS = 3
@@ -236,6 +236,14 @@ class Servers:
                 client.close()
         if not self._keeps_logs:
             shutil.rmtree(self._logs, ignore_errors=True)
+
+
+def check_servers(config: SGLangConfig, api_key: str | None) -> None:
+    """Raise UsageError for what can be seen to be wrong before anything is started."""
+    http_library()
+    _check_key(api_key)
+    if config.sglang_launch:
+        check_launch(config, api_key or None)
 
 
 def _check_key(api_key: str | None) -> None:

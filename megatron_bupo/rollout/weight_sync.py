@@ -18,6 +18,7 @@ from megatron_bupo.rollout.sync_checks import (
     check_probe,
     check_version,
     check_weights,
+    has_known_checksums,
     probe_tokens,
 )
 from megatron_bupo.rollout.weight_sync_calls import SHORT_S, Attempt, SyncError, ask, is_answered
@@ -104,7 +105,7 @@ class WeightSync:
         for worker in workers:
             worker.version = None
         unchecked = [worker for worker in workers if not worker.checked]
-        expected = ExpectedWeights(self._tied)
+        expected = ExpectedWeights(self._tied, any(map(has_known_checksums, workers)))
         try:
             self._pause(attempt)
             sessions = self._begin(attempt) if self._method.in_session else []

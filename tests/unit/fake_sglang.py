@@ -54,6 +54,7 @@ class FakeServer:
     change: what is done to each good answer before it is sent.
     delay_s: of each /generate.
     is_frozen: nothing is answered any more, as after SIGSTOP.
+    is_ill: /health says 503, all else works.
     refusal: (status, message) for every /generate.
     requests: the bodies of /generate so far.
     calls: how often each path was asked for.
@@ -65,6 +66,7 @@ class FakeServer:
         self.change: Callable[[Body], object] = lambda answer: None
         self.delay_s = 0.0
         self.is_frozen = False
+        self.is_ill = False
         self.refusal: tuple[int, str] | None = None
         self.requests: list[Body] = []
         self.most_at_once = 0
@@ -89,7 +91,7 @@ class FakeServer:
     def restart(self) -> None:
         """As somebody would: on another port, with the weights of the start, and nothing in work."""
         self.kill()
-        self.version, self.is_frozen = DEFAULT_VERSION, False
+        self.version, self.is_frozen, self.is_ill = DEFAULT_VERSION, False, False
         self._start()
 
     def _start(self) -> None:
@@ -172,6 +174,8 @@ def _handler(fake: FakeServer, gone: threading.Event, connections: set[socket.so
             answer: tuple[int, bytes] | None = (200, b"{}")
             if self.path == "/generate":
                 answer = fake.generate(body, gone)
+            if self.path == "/health" and fake.is_ill:
+                answer = 503, b""
             if self.path == "/model_info":
                 answer = 200, json.dumps({"weight_version": fake.version}).encode()
             while fake.is_frozen and not gone.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,10 +49,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"] or 0))
         if self.path == "/slow":
             time.sleep(1.5)
+        if self.path == "/drip":
+            self._drip()
         self.wfile.write(ANSWERS.get(self.path, "").encode())
         self.close_connection = True
 
     do_POST = do_GET
+
+    def _drip(self) -> None:
+        """A byte now and then: each comes in time, the whole never does."""
+        self.wfile.write(f"HTTP/1.1 200 OK\r\n{JSON}\r\nContent-Length: 800\r\n\r\n".encode())
+        with contextlib.suppress(OSError):  # the other end has left
+            for _ in range(30):
+                self.wfile.write(b"{")
+                time.sleep(0.2)
 
     def log_message(self, format: str, *values: object) -> None:
         """Nothing."""
@@ -104,6 +115,13 @@ def test_every_failure_is_a_server_error(url: str, request_: Request, path: str)
         request_(SGLangClient(url), path)
     assert str(caught.value).startswith(f"{url}{path}: {message}")
     assert (caught.value.url, caught.value.status) == (url, status)
+
+
+def test_an_answer_that_drips_ends_in_time(url: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="/drip: no whole answer"):
+        ask(SGLangClient(url), "/drip")
+    assert time.monotonic() - started < 4
 
 
 @ways

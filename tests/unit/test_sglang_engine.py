@@ -6,91 +6,25 @@ How real servers fail is tested in tests/integration/sglang.
 from __future__ import annotations
 
 import random
+import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import Generation, GenerationRequest, SamplingParams, make_requests
-from megatron_bupo.rollout.sglang import SGLangEngine
-from megatron_bupo.rollout.sglang_client import ServerError, SGLangClient
 from megatron_bupo.rollout.sglang_repair import EngineError
 from megatron_bupo.rollout.sglang_requests import sampling_seeds
-from megatron_bupo.rollout.sglang_servers import Endpoint, ServersError, Worker
-from megatron_bupo.rollout.weight_sync import SyncError
+from megatron_bupo.rollout.sglang_servers import Endpoint
 from megatron_bupo.samples import Prompt
-from tests.unit.fake_sglang import FAULTS, HALF, FakeServer
+from tests.unit.fake_sglang import FAULTS, HALF
+from tests.unit.sglang_stand_ins import MODEL, StandIns
 
 PARAMS = SamplingParams(0.7, 0.9, 5, (), seed=3)
-MODEL = cast(Any, object())  # the stand-in below only hands it on
-
-
-class StandIns:
-    """Fake servers behind the interfaces of Servers and WeightSync.
-
-    Attributes:
-        unrevivable: workers that are gone for good.
-        broken_pushes: so many of the next pushes fail in the middle.
-        events: ("revive" or "push", indices of the workers), in the order of time.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.fakes = [FakeServer() for _ in range(count)]
-        self.workers = [Worker(SGLangClient(fake.url), cast(Any, None), None, i) for i, fake in enumerate(self.fakes)]
-        self.endpoints = [Endpoint([worker]) for worker in self.workers]
-        self.unrevivable: set[Worker] = set()
-        self.broken_pushes = 0
-        self.may_revive = threading.Event()
-        self.may_revive.set()
-        self.events: list[tuple[str, list[int]]] = []
-        self.engines: list[SGLangEngine] = []
-
-    def engine(self, *, concurrency: int = 4, attempts: int = 3, health_timeout_s: float = 0.4) -> SGLangEngine:
-        engine = SGLangEngine(
-            cast(Any, self),
-            cast(Any, self),
-            concurrency=concurrency,
-            request_timeout_s=30.0,
-            health_timeout_s=health_timeout_s,
-            attempts=attempts,
-        )
-        self.engines.append(engine)
-        return engine
-
-    def revive(self, worker: Worker) -> None:
-        self.events.append(("revive", [worker.index]))
-        self.may_revive.wait()
-        if worker in self.unrevivable:
-            raise ServersError(f"{worker.name} is gone for good")
-        self.fakes[worker.index].restart()
-        worker.client = SGLangClient(self.fakes[worker.index].url)
-        worker.version, worker.checked = None, False
-
-    def push(self, workers: Sequence[Worker], model: Any, version: str) -> None:
-        assert threading.current_thread() is threading.main_thread(), "the trainer's collectives are its own thread's"
-        assert model is MODEL
-        self.events.append(("push", [worker.index for worker in workers]))
-        for worker in workers:
-            worker.version = None
-        for worker in workers:
-            try:
-                worker.client.get("/weights", timeout_s=0.5)
-            except ServerError as error:
-                raise SyncError(worker, str(error)) from error
-            if self.broken_pushes:
-                self.broken_pushes -= 1
-                raise SyncError(worker, f"{worker.name}: bucket 2 did not arrive")
-            self.fakes[worker.index].version = version
-        for worker in workers:
-            worker.version, worker.checked = version, True
-
-    def close(self) -> None:
-        for fake in self.fakes:
-            fake.kill()
 
 
 @pytest.fixture
@@ -101,9 +35,16 @@ def make() -> Iterator[Callable[[int], StandIns]]:
         made.append(StandIns(count))
         return made[-1]
 
+    def give_up(*_: Any) -> None:
+        raise TimeoutError("the batch does not end")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield build
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
     for one in made:
         one.may_revive.set()
         one.close()
@@ -222,6 +163,18 @@ def test_a_hung_server_is_found_without_waiting_for_the_request(make: Callable[[
     assert ("revive", [1]) in stand_ins.events
 
 
+def test_what_a_thawed_server_says_late_is_not_counted(make: Callable[[int], StandIns]) -> None:
+    stand_ins = make(1)
+    stand_ins.thaw = True
+    engine = stand_ins.engine(attempts=1)
+    engine.update_weights(MODEL, "1")
+    stand_ins.fakes[0].fault = _fail(1, "hang")
+    requests, done = _requests(3), []
+    _check(requests, engine.generate(requests, PARAMS, done.append))
+    assert done == [1] * len(requests)
+    assert len(stand_ins.fakes[0].requests) > len(requests)
+
+
 def test_what_fails_at_one_server_is_asked_of_another(make: Callable[[int], StandIns]) -> None:
     stand_ins = make(2)
     engine = stand_ins.engine(attempts=2)
@@ -259,6 +212,8 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     stand_ins.fakes[0].fault = _fail(0, "abort")
     engine.update_weights(MODEL, "2")
     assert stand_ins.events[-1] == ("push", [0, 1])
+    engine.generate(requests, PARAMS)
+    assert len(stand_ins.fakes[0].requests) > before
 
 
 def test_no_server_left_names_all_and_their_reasons(make: Callable[[int], StandIns]) -> None:
@@ -344,6 +299,23 @@ def test_a_revival_outlives_its_batch_and_the_update_waits_for_it(make: Callable
     _check(requests, engine.generate(requests, PARAMS), version="2")
 
 
+def test_no_weights_are_sent_for_a_batch_that_has_ended(make: Callable[[int], StandIns]) -> None:
+    stand_ins = make(2)
+    engine = stand_ins.engine()
+    engine.update_weights(MODEL, "1")
+    stand_ins.fakes[0].kill()
+    stand_ins.fakes[1].delay_s = 0.1
+    requests, held_up = _requests(2), threading.Event()
+
+    def hold_up(number: int) -> None:
+        if not held_up.is_set():
+            held_up.set()
+            time.sleep(2)  # meanwhile all is answered, and the dead server is back and wants its weights
+
+    _check(requests, engine.generate(requests, PARAMS, hold_up))
+    assert stand_ins.events == [("push", [0, 1]), ("revive", [0])]
+
+
 def test_an_update_is_whole_or_an_error(make: Callable[[int], StandIns]) -> None:
     stand_ins = make(2)
     engine = stand_ins.engine()
@@ -356,6 +328,9 @@ def test_an_update_is_whole_or_an_error(make: Callable[[int], StandIns]) -> None
     stand_ins.fakes[1].kill()
     engine.update_weights(MODEL, "2")
     assert stand_ins.events[3:] == [("revive", [1]), ("push", [0, 1])]
+    stand_ins.broken_pushes, stand_ins.fakes[0].is_ill = 1, True  # it speaks, but generates no more
+    engine.update_weights(MODEL, "2")
+    assert stand_ins.events[5:] == [("push", [0, 1]), ("revive", [0]), ("push", [0, 1])]
     # Who is gone for good is left out; the others go on.
     stand_ins.fakes[1].kill()
     stand_ins.unrevivable = {stand_ins.workers[1]}
