@@ -46,6 +46,21 @@ def good_answer(body: Body, version: str) -> Body:
     }
 
 
+def fail_first(
+    times: int, fault: str, *, chosen: Callable[[Body], bool] = lambda body: True
+) -> Callable[[Body], str | None]:
+    """A fault for the first so many of the chosen requests."""
+    left = [None] * times
+
+    def draw(body: Body) -> str | None:
+        if not left or not chosen(body):
+            return None
+        left.pop()
+        return fault
+
+    return draw
+
+
 class FakeServer:
     """Attributes:
 

@@ -37,7 +37,7 @@ class StandIns:
         self.events: list[tuple[str, list[int]]] = []
         self.engines: list[SGLangEngine] = []
 
-    def engine(self, *, concurrency: int = 4, attempts: int = 3, health_timeout_s: float = 0.4) -> SGLangEngine:
+    def engine(self, *, concurrency: int = 4, attempts: int = 3, health_timeout_s: float = 2.0) -> SGLangEngine:
         engine = SGLangEngine(
             cast(Any, self),
             cast(Any, self),

@@ -21,7 +21,7 @@ from megatron_bupo.rollout.sglang_repair import EngineError
 from megatron_bupo.rollout.sglang_requests import sampling_seeds
 from megatron_bupo.rollout.sglang_servers import Endpoint
 from megatron_bupo.samples import Prompt
-from tests.unit.fake_sglang import FAULTS, HALF
+from tests.unit.fake_sglang import FAULTS, HALF, fail_first
 from tests.unit.sglang_stand_ins import MODEL, StandIns
 
 PARAMS = SamplingParams(0.7, 0.9, 5, (), seed=3)
@@ -57,30 +57,16 @@ def _requests(prompts: int, samples: int = 4) -> list[GenerationRequest]:
 def _check(requests: list[GenerationRequest], answers: list[Generation], version: str = "1") -> None:
     """Each answer is that of its request: its seed and its prompt are in the tokens."""
     seeds = sampling_seeds(PARAMS.seed, requests)
-    assert len(answers) == len(requests)
     for request, seed, answer in zip(requests, seeds, answers, strict=True):
         assert answer.tokens[:3] == [seed % HALF, seed // HALF, HALF + sum(request.prompt.tokens)]
         assert (answer.finish_reason, answer.weight_version, len(answer.logprobs)) == ("length", version, 5)
-
-
-def _fail(times: int, fault: str, *, chosen: Callable[[Any], bool] = lambda body: True) -> Callable[[Any], str | None]:
-    """A fault for the first so many of the chosen requests."""
-    left = [None] * times
-
-    def draw(body: Any) -> str | None:
-        if not left or not chosen(body):
-            return None
-        left.pop()
-        return fault
-
-    return draw
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_faults_lose_no_request_and_answer_none_twice(make: Callable[[int], StandIns], seed: int) -> None:
     rng = random.Random(seed)
     stand_ins = make(rng.choice([1, 2, 3]))
-    engine = stand_ins.engine(concurrency=rng.choice([1, 3, 8]), attempts=100)
+    engine = stand_ins.engine(concurrency=rng.choice([1, 3, 8]), attempts=100, health_timeout_s=0.4)
     lock, left, killed = threading.Lock(), [rng.choice(FAULTS) for _ in range(rng.choice([2, 5, 8]))], []
 
     def draw(body: Any) -> str | None:
@@ -154,9 +140,9 @@ def test_a_dead_server_costs_no_attempt_and_comes_back_with_the_weights(make: Ca
 
 def test_a_hung_server_is_found_without_waiting_for_the_request(make: Callable[[int], StandIns]) -> None:
     stand_ins = make(2)
-    engine = stand_ins.engine(attempts=1)
+    engine = stand_ins.engine(attempts=1, health_timeout_s=0.4)
     engine.update_weights(MODEL, "1")
-    stand_ins.fakes[1].fault = _fail(1, "hang")
+    stand_ins.fakes[1].fault = fail_first(1, "hang")
     requests, started = _requests(6), time.monotonic()
     _check(requests, engine.generate(requests, PARAMS))
     assert time.monotonic() - started < 10  # the request itself may take 30 s
@@ -166,9 +152,9 @@ def test_a_hung_server_is_found_without_waiting_for_the_request(make: Callable[[
 def test_what_a_thawed_server_says_late_is_not_counted(make: Callable[[int], StandIns]) -> None:
     stand_ins = make(1)
     stand_ins.thaw = True
-    engine = stand_ins.engine(attempts=1)
+    engine = stand_ins.engine(attempts=1, health_timeout_s=0.4)
     engine.update_weights(MODEL, "1")
-    stand_ins.fakes[0].fault = _fail(1, "hang")
+    stand_ins.fakes[0].fault = fail_first(1, "hang")
     requests, done = _requests(3), []
     _check(requests, engine.generate(requests, PARAMS, done.append))
     assert done == [1] * len(requests)
@@ -183,10 +169,10 @@ def test_what_fails_at_one_server_is_asked_of_another(make: Callable[[int], Stan
     def is_poison(body: Any) -> bool:
         return bool(body["input_ids"][0] == 3)
 
-    stand_ins.fakes[0].fault = _fail(1000, "garbage", chosen=is_poison)
+    stand_ins.fakes[0].fault = fail_first(1000, "garbage", chosen=is_poison)
     requests = _requests(6)
     _check(requests, engine.generate(requests, PARAMS))
-    stand_ins.fakes[1].fault = _fail(1000, "500", chosen=is_poison)
+    stand_ins.fakes[1].fault = fail_first(1000, "500", chosen=is_poison)
     with pytest.raises(
         EngineError, match=r"prompt 2 \(3 tokens\), sample \d: no usable answer in 2 attempts"
     ) as raised:
@@ -199,7 +185,7 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     stand_ins = make(2)
     engine = stand_ins.engine(attempts=50)
     engine.update_weights(MODEL, "1")
-    stand_ins.fakes[0].fault = _fail(1000, "abort")
+    stand_ins.fakes[0].fault = fail_first(1000, "abort")
     stand_ins.fakes[1].delay_s = 0.02
     requests = _requests(10, samples=8)
     stand_ins.unrevivable = {stand_ins.workers[0]}
@@ -209,11 +195,15 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     before = len(stand_ins.fakes[0].requests)
     engine.generate(requests, PARAMS)
     assert len(stand_ins.fakes[0].requests) == before and stand_ins.events.count(("revive", [0])) == 1
-    stand_ins.fakes[0].fault = _fail(0, "abort")
+    stand_ins.fakes[0].fault = fail_first(0, "abort")
     engine.update_weights(MODEL, "2")
     assert stand_ins.events[-1] == ("push", [0, 1])
     engine.generate(requests, PARAMS)
     assert len(stand_ins.fakes[0].requests) > before
+    stand_ins.unrevivable, stand_ins.fakes[1].delay_s = set(), 0.1
+    stand_ins.fakes[0].kill()
+    engine.generate(requests, PARAMS)
+    assert stand_ins.events[-2:] == [("revive", [0]), ("push", [0])]
 
 
 def test_no_server_left_names_all_and_their_reasons(make: Callable[[int], StandIns]) -> None:
@@ -235,7 +225,7 @@ def test_answers_of_other_weights_are_not_used(make: Callable[[int], StandIns]) 
     stand_ins = make(1)
     engine = stand_ins.engine()
     engine.update_weights(MODEL, "1")
-    stand_ins.fakes[0].fault = _fail(1, "stale")  # as if somebody had started it anew
+    stand_ins.fakes[0].fault = fail_first(1, "stale")  # as if somebody had started it anew
     requests = _requests(4)
     with pytest.warns(UserWarning, match="was given the weights again: it holds weights 'default', not '1'"):
         _check(requests, engine.generate(requests, PARAMS))
@@ -246,7 +236,7 @@ def test_a_server_that_never_keeps_the_weights_is_lost_in_the_end(make: Callable
     stand_ins = make(1)
     engine = stand_ins.engine()
     engine.update_weights(MODEL, "1")
-    stand_ins.fakes[0].fault = _fail(1000, "stale")
+    stand_ins.fakes[0].fault = fail_first(1000, "stale")
     with pytest.raises(EngineError, match="it fails again after 5 repairs: it holds weights 'default', not '1'"):
         engine.generate(_requests(4), PARAMS)
     assert stand_ins.events == [("push", [0])] * 6
@@ -353,7 +343,7 @@ def test_behind_a_router_only_requests_go_to_it(make: Callable[[int], StandIns])
     stand_ins.fakes[0].version, stand_ins.fakes[0].delay_s = "1", 0.05
     engine.update_weights(MODEL, "1")
     requests = _requests(6)
-    stand_ins.fakes[0].fault = _fail(1, "cut", chosen=lambda body: stand_ins.fakes[2].kill() is None)
+    stand_ins.fakes[0].fault = fail_first(1, "cut", chosen=lambda body: stand_ins.fakes[2].kill() is None)
     _check(requests, engine.generate(requests, PARAMS))
     assert set(stand_ins.fakes[0].calls) == {"/generate"} and stand_ins.fakes[0].most_at_once == 6
     assert stand_ins.events == [("push", [1, 2]), ("revive", [2]), ("push", [2])]

@@ -94,11 +94,16 @@ class FakeServer:
             "gate_up_proj": ["gate_proj", "up_proj"],
         }.items():
             for first in [name for name in held if f".{parts[0]}." in name]:
-                stacked = torch.cat([held.pop(first.replace(parts[0], part)) for part in parts])
+                tensors = [held.pop(first.replace(parts[0], part)) for part in parts]
+                if whole == "gate_up_proj":  # of width 20
+                    tensors = [torch.cat([tensor, tensor.new_zeros(32 - 20, tensor.shape[1])]) for tensor in tensors]
+                stacked = torch.cat(tensors)
                 held[first.replace(parts[0], whole)] = stacked
         for name, tensor in held.items():
             if tensor.shape[0] == VOCAB:
                 tensor = torch.cat([tensor, tensor.new_zeros(128 - VOCAB, tensor.shape[1])])
+            if ".down_proj." in name:
+                tensor = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], 32 - 20)], dim=1)
             found[name] = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).digest()[:8].hex()
         return found
 

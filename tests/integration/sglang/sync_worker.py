@@ -88,11 +88,15 @@ def stacked_checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
     held, found = dict(tensors), {}
     for whole, parts in {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.items():
         for first in [name for name in held if f".{parts[0]}." in name]:
-            stacked = torch.cat([held.pop(first.replace(parts[0], part)) for part in parts])
-            held[first.replace(parts[0], whole)] = stacked
+            stacked = [held.pop(first.replace(parts[0], part)) for part in parts]
+            if whole == "gate_up_proj":
+                stacked = [torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 32)) for tensor in stacked]
+            held[first.replace(parts[0], whole)] = torch.cat(stacked)
     for name, tensor in held.items():
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 64))
+        if ".down_proj." in name:
+            tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % 32))
         found[name] = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).digest()[:8].hex()
     return found
 

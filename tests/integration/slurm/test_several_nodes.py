@@ -77,7 +77,7 @@ def test_servers_that_are_lost_end_the_job(training: Training) -> None:
 def test_what_is_wrong_ends_the_job_with_one_line(
     training: Training, script: str, settings: dict[str, str], flags: tuple[str, ...], told: str
 ) -> None:
-    job = training.submit(f"{script}.sbatch", *flags, **settings)
+    job = training.submit(f"{script}.sbatch", *flags, resources=(), **settings)
     assert training.wait_for_end(job) == "FAILED"
     assert training.cluster.exit_code(job) == 2
     lines = [line for line in training.log().splitlines() if ": start 1 of job" not in line]
