@@ -31,7 +31,7 @@ sglang-env: venv ## SGLang for machines without a GPU, in .venv-sglang (3 GB, tw
 	$(PY) tools/sglang_env.py --output .venv-sglang
 
 slurm: ## what the tests of the Slurm scripts need: Debian's packages, where root may install them
-	sh tools/install_slurm.sh
+	bash tools/install_slurm.sh
 
 demo: venv ## the main job on a small model: BuPO in two processes, GRPO from the same start, a figure
 	$(PY) examples/demo.py
