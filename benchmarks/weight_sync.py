@@ -2,8 +2,8 @@
 
     python benchmarks/weight_sync.py --hf-model models/SmolLM2-135M-Instruct --sglang-python .venv-sglang/bin/python
 
-One trainer process, one SGLang server, both on the CPU in fp32; `train`'s own Servers and WeightSync. The first push of each
-way, which compares checksums and log-probs too, is shown apart; then the ways take turns.
+One trainer process, one SGLang server, both on the CPU in fp32; `train`'s own Servers and WeightSync. The first push of
+each way, which compares checksums and log-probs too, is shown apart; then the ways take turns.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.rollout.sglang_servers import Servers
-from megatron_bupo.rollout.weight_sync import WeightSync
+from megatron_bupo.rollout.sglang.servers import Servers
+from megatron_bupo.rollout.weight_sync.sync import WeightSync
 from megatron_bupo.rollout_config import SGLangConfig
 
 METHODS = ("tensor", "distributed", "disk")

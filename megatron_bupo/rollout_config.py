@@ -62,7 +62,7 @@ class SGLangConfig(Group):
     sglang_restarts: int = flag("how often servers are restarted, or waited for, in one run", 5, low=0)
     sglang_attempts: int = flag("how often one response is asked for before the run ends", 5, low=1)
     weight_sync: str = flag(
-        "how weights reach the servers; auto: distributed on GPUs, else tensor",
+        "how weights reach the servers; auto: distributed, or tensor between a CPU and GPUs",
         "auto",
         choices=("auto", "tensor", "distributed", "disk"),
     )

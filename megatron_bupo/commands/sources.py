@@ -15,17 +15,17 @@ from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rollout.lead import on_first_rank
-from megatron_bupo.rollout.server_process import API_KEY_VARIABLE
+from megatron_bupo.rollout.sglang.process import API_KEY_VARIABLE
 from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSource, ServedGeneration
 
 if TYPE_CHECKING:
-    from megatron_bupo.rollout.sglang import SGLangEngine
+    from megatron_bupo.rollout.sglang.engine import SGLangEngine
 
 
 def check_source(config: TrainConfig) -> None:
     """Raise UsageError for an engine that could not start; nothing is started here."""
     if config.rollout.rollout_engine == "sglang":
-        from megatron_bupo.rollout.sglang_servers import check_servers
+        from megatron_bupo.rollout.sglang.servers import check_servers
 
         check_servers(config.sglang, os.environ.get(API_KEY_VARIABLE))
 
@@ -68,9 +68,9 @@ def _start_served_engine(config: TrainConfig, arch: Architecture, state: Paralle
 
 
 def _served_engine(config: TrainConfig, arch: Architecture, device: torch.device) -> SGLangEngine:
-    from megatron_bupo.rollout.sglang import SGLangEngine
-    from megatron_bupo.rollout.sglang_servers import Servers
-    from megatron_bupo.rollout.weight_sync import WeightSync
+    from megatron_bupo.rollout.sglang.engine import SGLangEngine
+    from megatron_bupo.rollout.sglang.servers import Servers
+    from megatron_bupo.rollout.weight_sync.sync import WeightSync
 
     flags, model, run = config.sglang, config.model, config.run
     servers = Servers.start(
@@ -81,8 +81,9 @@ def _served_engine(config: TrainConfig, arch: Architecture, device: torch.device
         Path(run.save) / "sglang" if run.save else None,
         os.environ.get(API_KEY_VARIABLE),
     )
-    on_gpus = device.type == "cuda" and all(worker.info.device == "cuda" for worker in servers.workers)
-    method = ("distributed" if on_gpus else "tensor") if flags.weight_sync == "auto" else flags.weight_sync
+    # Gloo or NCCL joins processes on one kind of device; messages go everywhere, but take ten times as long.
+    same_kind = {worker.info.device for worker in servers.workers} == {device.type}
+    method = ("distributed" if same_kind else "tensor") if flags.weight_sync == "auto" else flags.weight_sync
     folder = flags.weight_sync_dir or (str(Path(run.save) / "sglang" / "weights") if run.save else None)
     sync = WeightSync(
         method,

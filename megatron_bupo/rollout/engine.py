@@ -115,21 +115,24 @@ def make_requests(prompts: list[Prompt], step: int, num_samples: int) -> list[Ge
 
 
 def stop_token_ids(hf_folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a response: the model's (generation_config.json, else config.json) and the tokenizer's.
+    """The ids that end a response: those of config.json, of generation_config.json and the tokenizer's.
+
+    All of them, since an SGLang server heeds all and cannot be told not to.
 
     Raises:
-        UsageError: neither file can be read.
+        UsageError: a file that cannot be read.
     """
     folder = Path(hf_folder)
-    source: type[GenerationConfig] | type[AutoConfig] = (
-        GenerationConfig if (folder / "generation_config.json").is_file() else AutoConfig
-    )
-    try:
-        config = source.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{folder}: no usable generation_config.json or config.json ({reason})") from error
-    listed = getattr(config, "eos_token_id", None)
-    ids = set(listed if isinstance(listed, list) else [listed])
-    ids.add(tokenizer.eos_token_id)
+    sources: list[type[GenerationConfig] | type[AutoConfig]] = [AutoConfig]
+    if (folder / "generation_config.json").is_file():
+        sources.append(GenerationConfig)
+    ids = {tokenizer.eos_token_id}
+    for source in sources:
+        try:
+            config = source.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{folder}: no usable config.json or generation_config.json ({reason})") from error
+        listed = getattr(config, "eos_token_id", None)
+        ids |= set(listed if isinstance(listed, list) else [listed])
     return tuple(sorted(ids - {None}))

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
-from megatron_bupo.rollout.sglang import SGLangEngine
-from megatron_bupo.rollout.sglang_client import ServerError, SGLangClient
-from megatron_bupo.rollout.sglang_servers import Endpoint, ServersError, Worker
-from megatron_bupo.rollout.weight_sync import SyncError
+from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
+from megatron_bupo.rollout.sglang.engine import SGLangEngine
+from megatron_bupo.rollout.sglang.servers import Endpoint, ServersError, Worker
+from megatron_bupo.rollout.weight_sync.sync import SyncError
 from tests.unit.fake_sglang import FakeServer
 
 MODEL = cast(Any, object())  # the stand-in only hands it on

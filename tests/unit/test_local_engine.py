@@ -305,8 +305,10 @@ def test_stop_tokens_come_from_model_and_tokenizer(tmp_path: Path, qwen3: Path) 
     assert stop_token_ids(qwen3, without) == (1, 2)
     LlamaConfig(eos_token_id=5, vocab_size=8).save_pretrained(tmp_path)
     assert stop_token_ids(tmp_path, tokenizer) == (3, 5)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
+    assert stop_token_ids(tmp_path, tokenizer) == (3, 4, 5)
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(UsageError, match=r"no usable generation_config.json"):
+    with pytest.raises(UsageError, match=r"no usable config.json or generation_config.json"):
         stop_token_ids(tmp_path, tokenizer)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_bupo.rollout.server_process import ServerProcess
+from megatron_bupo.rollout.sglang.process import ServerProcess
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="servers are launched on Linux only")
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ RUN = textwrap.dedent(
     f"""
     import os, sys, time
     from pathlib import Path
-    from megatron_bupo.rollout.server_process import ServerProcess
+    from megatron_bupo.rollout.sglang.process import ServerProcess
     command = [sys.executable, "-c", {TREE!r}, sys.argv[1], "600"]
     process = ServerProcess(command, dict(os.environ), Path(sys.argv[2]), None)
     if os.fork() == 0:

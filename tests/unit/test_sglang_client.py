@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_bupo.rollout.server_process import free_port
-from megatron_bupo.rollout.sglang_client import ServerError, SGLangClient
+from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
+from megatron_bupo.rollout.sglang.process import free_port
 
 JSON = "Connection: close\r\nContent-Type: application/json"
 # path -> what the server sends, byte for byte, before it closes the connection.

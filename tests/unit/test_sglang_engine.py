@@ -17,9 +17,9 @@ import pytest
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import Generation, GenerationRequest, SamplingParams, make_requests
-from megatron_bupo.rollout.sglang_repair import EngineError
-from megatron_bupo.rollout.sglang_requests import sampling_seeds
-from megatron_bupo.rollout.sglang_servers import Endpoint
+from megatron_bupo.rollout.sglang.repair import EngineError
+from megatron_bupo.rollout.sglang.requests import sampling_seeds
+from megatron_bupo.rollout.sglang.servers import Endpoint
 from megatron_bupo.samples import Prompt
 from tests.unit.fake_sglang import FAULTS, HALF, fail_first
 from tests.unit.sglang_stand_ins import MODEL, StandIns

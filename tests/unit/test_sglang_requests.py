@@ -8,7 +8,7 @@ import pytest
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import Generation, GenerationRequest, SamplingParams, make_requests
-from megatron_bupo.rollout.sglang_requests import BadAnswer, generate_body, read_answer, sampling_seeds
+from megatron_bupo.rollout.sglang.requests import BadAnswer, generate_body, read_answer, sampling_seeds
 from megatron_bupo.samples import Prompt
 from tests.unit.fake_sglang import good_answer
 
@@ -58,7 +58,7 @@ def test_seeds_differ_and_belong_to_the_sample(monkeypatch: pytest.MonkeyPatch) 
     assert sampling_seeds(3, requests[40:48]) == seeds[40:48]
     assert not set(seeds) & set(sampling_seeds(4, requests))
     # Those that meet in the bits that are left are told apart.
-    monkeypatch.setattr("megatron_bupo.rollout.sglang_requests.NUM_SEEDS", 2400)
+    monkeypatch.setattr("megatron_bupo.rollout.sglang.requests.NUM_SEEDS", 2400)
     assert sorted(sampling_seeds(3, requests)) == list(range(2400))
 
 

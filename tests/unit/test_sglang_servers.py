@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.server_process import check_server_args, free_port, server_environment
-from megatron_bupo.rollout.sglang_servers import Servers, ServersError
+from megatron_bupo.rollout.sglang.process import check_server_args, free_port, server_environment
+from megatron_bupo.rollout.sglang.servers import Servers, ServersError
 from megatron_bupo.rollout_config import SGLangConfig
 from tests.unit.test_server_guard import alive, wait_for
 
@@ -32,7 +32,7 @@ SLOW_START = textwrap.dedent(
     import sys
     from pathlib import Path
     sys.path.insert(0, {str(ROOT)!r})
-    from megatron_bupo.rollout.sglang_servers import Servers
+    from megatron_bupo.rollout.sglang.servers import Servers
     from megatron_bupo.rollout_config import SGLangConfig
     config = SGLangConfig(sglang_launch=True, sglang_args="--stub slow")
     Servers.start(config, "m", "fp32", 1, Path(sys.argv[1]), None)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.sync_checks import ExpectedWeights
-from megatron_bupo.rollout.weight_sync import SyncError, WeightSync
-from megatron_bupo.rollout.weight_sync_calls import buckets
-from megatron_bupo.rollout.weight_sync_distributed import local_address
-from megatron_bupo.rollout.weight_sync_tensor import serialize
+from megatron_bupo.rollout.weight_sync.calls import buckets
+from megatron_bupo.rollout.weight_sync.checks import ExpectedWeights
+from megatron_bupo.rollout.weight_sync.distributed import local_address
+from megatron_bupo.rollout.weight_sync.sync import SyncError, WeightSync
+from megatron_bupo.rollout.weight_sync.tensor import serialize
 from megatron_bupo.weights.table import table_for
 from tests.unit.tiny_hf import hf_state, save_tiny
 from tests.unit.weight_sync_fakes import LOGPROBS, VOCAB, FakeModel, FakeServer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.rollout.sglang_client import SGLangClient
+from megatron_bupo.rollout.sglang.client import SGLangClient
 from tests.unit.tiny_hf import hf_state
 
 VOCAB = 101

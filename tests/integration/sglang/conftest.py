@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_bupo.rollout.sglang_servers import Servers, Worker
+from megatron_bupo.rollout.sglang.servers import Servers, Worker
 from megatron_bupo.rollout_config import SGLangConfig
 
 ROOT = Path(__file__).resolve().parents[3]

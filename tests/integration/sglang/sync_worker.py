@@ -21,9 +21,9 @@ from megatron_bupo.command_config import ScoreConfig
 from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.rollout.lead import LedModel, on_first_rank
-from megatron_bupo.rollout.sglang_client import SGLangClient
-from megatron_bupo.rollout.sglang_servers import Servers, Worker
-from megatron_bupo.rollout.weight_sync import WeightSync
+from megatron_bupo.rollout.sglang.client import SGLangClient
+from megatron_bupo.rollout.sglang.servers import Servers, Worker
+from megatron_bupo.rollout.weight_sync.sync import WeightSync
 from megatron_bupo.rollout_config import SGLangConfig
 from megatron_bupo.weights.hf_files import HFWeights
 

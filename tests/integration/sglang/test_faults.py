@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_bupo.rollout.engine import Generation, SamplingParams, make_requests
-from megatron_bupo.rollout.sglang import SGLangEngine
-from megatron_bupo.rollout.sglang_servers import Servers, Worker
+from megatron_bupo.rollout.sglang.engine import SGLangEngine
+from megatron_bupo.rollout.sglang.servers import Servers, Worker
 from tests.integration.sglang.conftest import server_processes
 from tests.integration.sglang.test_generation import HFModel, assert_matches, make_engine, make_prompts
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import Generation, GenerationRequest, SamplingParams, make_requests
 from megatron_bupo.rollout.sampling import keep_nucleus
-from megatron_bupo.rollout.sglang import SGLangEngine
-from megatron_bupo.rollout.sglang_servers import Servers
-from megatron_bupo.rollout.weight_sync import WeightSync
+from megatron_bupo.rollout.sglang.engine import SGLangEngine
+from megatron_bupo.rollout.sglang.servers import Servers
+from megatron_bupo.rollout.weight_sync.sync import WeightSync
 from megatron_bupo.samples import Prompt
 from tests.integration.sglang.conftest import VOCAB_SIZE
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.sglang_client import ServerError, SGLangClient
-from megatron_bupo.rollout.sglang_servers import Servers, ServersError, Worker
+from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
+from megatron_bupo.rollout.sglang.servers import Servers, ServersError, Worker
 from tests.integration.sglang.conftest import ROOT, VOCAB_SIZE, launch_config, server_processes
 
 KEY = "s3cret-key"
@@ -23,7 +23,7 @@ RUN = textwrap.dedent(
     """
     import sys, time
     from pathlib import Path
-    from megatron_bupo.rollout.sglang_servers import Servers
+    from megatron_bupo.rollout.sglang.servers import Servers
     from tests.integration.sglang.conftest import launch_config
     python, model, folder, key = sys.argv[1:]
     servers = Servers.start(launch_config(Path(python)), model, "fp32", 1, Path(folder), key)

@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from megatron_bupo.rollout.sglang_client import ServerError
-from megatron_bupo.rollout.sglang_servers import Servers, ServersError, Worker
+from megatron_bupo.rollout.sglang.client import ServerError
+from megatron_bupo.rollout.sglang.servers import Servers, ServersError, Worker
 
 PROBE_PAUSE_S = 0.3
 REFUSALS = 3

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_bupo.rollout.weight_sync_calls import Attempt, ask
+from megatron_bupo.rollout.weight_sync.calls import Attempt, ask
 
 if TYPE_CHECKING:
-    from megatron_bupo.rollout.sglang_servers import Worker
+    from megatron_bupo.rollout.sglang.servers import Worker
 
 # The server stacks these along the first dimension, in this order.
 _PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_bupo.rollout.engine import Generation, GenerationRequest
-from megatron_bupo.rollout.sglang_servers import Endpoint, Worker
+from megatron_bupo.rollout.sglang.servers import Endpoint, Worker
 
 if TYPE_CHECKING:
     import httpx2

@@ -25,7 +25,7 @@ GRACE_S = 15.0
 API_KEY_VARIABLE = "SGLANG_API_KEY"
 # Of a Python traceback.
 _ERROR_LINE = re.compile(r"([\w.]+(Error|Exception)|error)\b:?")
-_GUARD = Path(__file__).with_name("server_guard.py")
+_GUARD = Path(__file__).with_name("guard.py")
 # What the run decides; given in --sglang-args it would be overruled without a word.
 _OWNED_FLAGS = ("--model-path", "--host", "--port", "--dtype", "--api-key", "--weight-version")
 # A server that inherits these takes itself for a rank of the training job.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_bupo.rollout.weight_sync_calls import Attempt, Bucket, ask, buckets
+from megatron_bupo.rollout.weight_sync.calls import Attempt, Bucket, ask, buckets
 
 if TYPE_CHECKING:
-    from megatron_bupo.rollout.sglang_servers import Worker
+    from megatron_bupo.rollout.sglang.servers import Worker
 
 
 class TensorMessages:

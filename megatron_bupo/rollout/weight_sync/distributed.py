@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, PrefixStore, _new_process_group_helper, _world
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.sglang_client import ServerError
-from megatron_bupo.rollout.weight_sync_calls import SHORT_S, Attempt, Bucket, ask, buckets, is_answered
+from megatron_bupo.rollout.sglang.client import ServerError
+from megatron_bupo.rollout.weight_sync.calls import SHORT_S, Attempt, Bucket, ask, buckets, is_answered
 
 if TYPE_CHECKING:
-    from megatron_bupo.rollout.sglang_servers import Worker
+    from megatron_bupo.rollout.sglang.servers import Worker
 
 _GRACE_S = 5.0  # between the timeout of a message and giving up what should have ended by itself
 
@@ -86,7 +86,8 @@ class UpdateGroup:
         try:
             self._join()
         except (ServerError, RuntimeError, OSError) as error:
-            raise attempt.error(worker, f"making the process group {self.name}", _first_line(error)) from error
+            what = f"{_first_line(error)} (--weight-sync tensor needs no process group)"
+            raise attempt.error(worker, f"making the process group {self.name}", what) from error
 
     def broadcast(self, tensors: list[tuple[str, Tensor]], label: str) -> None:
         """Some tensors to the server; ends in time, also where it refuses or stands still.

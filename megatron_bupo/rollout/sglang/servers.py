@@ -15,9 +15,9 @@ from typing import Literal
 from tqdm import tqdm
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.server_process import API_KEY_VARIABLE, Launcher, ServerProcess, check_launch
-from megatron_bupo.rollout.server_ready import POLL_S, NotReady, PortTaken, ServerInfo, Wait
-from megatron_bupo.rollout.sglang_client import SGLangClient, http_library
+from megatron_bupo.rollout.sglang.client import SGLangClient, http_library
+from megatron_bupo.rollout.sglang.process import API_KEY_VARIABLE, Launcher, ServerProcess, check_launch
+from megatron_bupo.rollout.sglang.ready import POLL_S, NotReady, PortTaken, ServerInfo, Wait
 from megatron_bupo.rollout_config import SGLangConfig
 
 PORT_ATTEMPTS = 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bupo.rollout.weight_sync_calls import Attempt
+from megatron_bupo.rollout.weight_sync.calls import Attempt
 from megatron_bupo.weights.hf_files import write_hf_folder
 
 

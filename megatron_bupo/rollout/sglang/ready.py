@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.server_process import API_KEY_VARIABLE, ServerProcess
-from megatron_bupo.rollout.sglang_client import ServerError, SGLangClient
+from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
+from megatron_bupo.rollout.sglang.process import API_KEY_VARIABLE, ServerProcess
 
 PROBE_S = 30.0
 """Seconds that one question may take: for /health, a loaded server generates a token."""

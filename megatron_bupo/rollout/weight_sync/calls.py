@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from megatron_bupo.rollout.sglang_client import ServerError
+from megatron_bupo.rollout.sglang.client import ServerError
 
 if TYPE_CHECKING:
-    from megatron_bupo.rollout.sglang_servers import Worker
+    from megatron_bupo.rollout.sglang.servers import Worker
 
 SHORT_S = 5.0
 """Seconds to wait for what tidies up: a server that is alive does it later too."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import TrainedModel
-from megatron_bupo.rollout.sglang_client import ServerError
-from megatron_bupo.rollout.sync_checks import (
+from megatron_bupo.rollout.sglang.client import ServerError
+from megatron_bupo.rollout.weight_sync.calls import SHORT_S, Attempt, SyncError, ask, is_answered
+from megatron_bupo.rollout.weight_sync.checks import (
     ExpectedWeights,
     check_probe,
     check_version,
@@ -21,13 +22,12 @@ from megatron_bupo.rollout.sync_checks import (
     has_known_checksums,
     probe_tokens,
 )
-from megatron_bupo.rollout.weight_sync_calls import SHORT_S, Attempt, SyncError, ask, is_answered
-from megatron_bupo.rollout.weight_sync_disk import FolderOnDisk
-from megatron_bupo.rollout.weight_sync_distributed import Broadcasts
-from megatron_bupo.rollout.weight_sync_tensor import TensorMessages
+from megatron_bupo.rollout.weight_sync.disk import FolderOnDisk
+from megatron_bupo.rollout.weight_sync.distributed import Broadcasts
+from megatron_bupo.rollout.weight_sync.tensor import TensorMessages
 
 if TYPE_CHECKING:
-    from megatron_bupo.rollout.sglang_servers import Worker
+    from megatron_bupo.rollout.sglang.servers import Worker
 
 __all__ = ["SyncError", "WeightSync"]
 _FLUSH_S = 30.0

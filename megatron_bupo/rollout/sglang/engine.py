@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 
-from megatron_bupo.rollout.dispatch import Batch
 from megatron_bupo.rollout.engine import (
     Generation,
     GenerationRequest,
@@ -25,10 +24,11 @@ from megatron_bupo.rollout.engine import (
     SamplingParams,
     TrainedModel,
 )
-from megatron_bupo.rollout.lanes import Limits
-from megatron_bupo.rollout.sglang_repair import EngineError, Repairs, in_thread
-from megatron_bupo.rollout.sglang_servers import Servers, Worker
-from megatron_bupo.rollout.weight_sync import SyncError, WeightSync
+from megatron_bupo.rollout.sglang.dispatch import Batch
+from megatron_bupo.rollout.sglang.lanes import Limits
+from megatron_bupo.rollout.sglang.repair import EngineError, Repairs, in_thread
+from megatron_bupo.rollout.sglang.servers import Servers, Worker
+from megatron_bupo.rollout.weight_sync.sync import SyncError, WeightSync
 
 UPDATES = 3
 """How often the weights are sent to all servers before the run ends."""
