@@ -94,6 +94,8 @@ class _Parser(argparse.ArgumentParser):
         """From argparse's 'argument --lr: abc: must be a number' to '--lr abc: must be a number'."""
         name, _, reason = message.removeprefix("argument ").partition(": ")
         reason = reason.replace("ignored explicit argument", "takes no value, was given")
+        if name == "--sglang-args" and "expected one argument" in reason:
+            reason = "a text that begins with a dash is written with =, as in --sglang-args='--tp 2'"
         raise UsageError(f"{name} {reason}" if ": must be" in reason else f"{name}: {reason}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -36,6 +36,9 @@ class RolloutConfig(Group):
             raise UsageError("--rollout-engine sglang: a replay (--load-rollouts) needs no engine; leave it out")
 
 
+LAUNCH_ONLY = ("sglang_num_servers", "sglang_gpus", "sglang_python", "sglang_args", "sglang_host")
+
+
 @dataclass(frozen=True)
 class SGLangConfig(Group):
     """SGLang servers (--rollout-engine sglang)"""
@@ -59,7 +62,7 @@ class SGLangConfig(Group):
     sglang_start_timeout: float = flag("seconds until a server is ready, at first and after a fault", 900.0, above=0)
     sglang_request_timeout: float = flag("seconds that one response may take", 3600.0, above=0)
     sglang_health_timeout: float = flag("seconds without an answer until a server counts as hung", 60.0, above=0)
-    sglang_restarts: int = flag("how often servers are restarted, or waited for, in one run", 5, low=0)
+    sglang_restarts: int = flag("how often each server is restarted, or waited for, in one run", 5, low=0)
     sglang_attempts: int = flag("how often one response is asked for before the run ends", 5, low=1)
     weight_sync: str = flag(
         "how weights reach the servers; auto: distributed, or tensor between a CPU and GPUs",
@@ -67,7 +70,7 @@ class SGLangConfig(Group):
         choices=("auto", "tensor", "distributed", "disk"),
     )
     weight_sync_bucket_mb: int = flag("MiB of weights in one message", 512, low=1)
-    weight_sync_timeout: float = flag("seconds that a server may take for one message", 600.0, above=0)
+    weight_sync_timeout: float = flag("seconds that a server may take for one message", 600.0, above=0, high=1200)
     weight_sync_dir: str | None = flag(
         "folder that trainer and servers see, for --weight-sync disk (default: under --save)", None, metavar="DIR"
     )
@@ -76,7 +79,7 @@ class SGLangConfig(Group):
         super().check()
         for url in self.sglang_url or []:
             _check_url(url)
-        if self.sglang_url and len(set(self.sglang_url)) < len(self.sglang_url):
+        if self.sglang_url and len({url.rstrip("/") for url in self.sglang_url}) < len(self.sglang_url):
             raise UsageError(f"--sglang-url {' '.join(self.sglang_url)}: give each server once")
         if self.sglang_python is not None and not Path(self.sglang_python).is_file():
             raise UsageError(
@@ -97,19 +100,20 @@ class SGLangConfig(Group):
 
     def check_engine(self, engine: str, save: str | None) -> None:
         """Raise UsageError unless these flags fit the engine that was chosen; `save` is the run's folder."""
-        given = [name for name in ("sglang_url", "sglang_launch") if getattr(self, name)]
+        changed = [declared.name for declared in fields(self) if getattr(self, declared.name) != declared.default]
         if engine != "sglang":
-            if given:
-                raise UsageError(f"{flag_name(given[0])}: goes only with --rollout-engine sglang")
+            if changed:
+                raise UsageError(f"{flag_name(changed[0])}: goes only with --rollout-engine sglang")
             return
+        given = [name for name in ("sglang_url", "sglang_launch") if getattr(self, name)]
         if len(given) != 1:
             found = "both --sglang-url and --sglang-launch" if given else "neither servers nor --sglang-launch"
             raise UsageError(
                 f"--rollout-engine sglang: {found}; give --sglang-url URL... of running servers, or --sglang-launch "
                 "to start them"
             )
-        for name in ("sglang_gpus", "sglang_python", "sglang_args"):
-            if self.sglang_url and getattr(self, name) is not None:
+        for name in LAUNCH_ONLY if self.sglang_url else ():
+            if name in changed:
                 raise UsageError(
                     f"{flag_name(name)}: goes only with --sglang-launch; servers at --sglang-url run already"
                 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,7 @@ import torch
 from megatron_bupo.commands.prompting import sampling_params
 from megatron_bupo.config import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, load_tokenizer
+from megatron_bupo.errors import UsageError
 from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.rewards.runner import RewardRunner
@@ -20,6 +24,8 @@ from megatron_bupo.rollout.source import EmbeddedGeneration, Replay, RolloutSour
 
 if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang.engine import SGLangEngine
+    from megatron_bupo.rollout.sglang.servers import Worker
+    from megatron_bupo.rollout.weight_sync.sync import WeightSync
 
 
 def check_source(config: TrainConfig) -> None:
@@ -51,7 +57,7 @@ def make_source(
         return RewardRunner(data.reward, timeout_s=data.reward_timeout, num_workers=data.reward_workers)
 
     if rollout.rollout_engine == "sglang":
-        served = _start_served_engine(config, arch, state)
+        served = _start_served_engine(config, arch, prompts, state)
         return ServedGeneration(served, prompts, tokenizer, rewards(), rollout, params, state)
     from megatron_bupo.rollout.local import LocalEngine
 
@@ -60,42 +66,38 @@ def make_source(
     return EmbeddedGeneration(engine, prompts, tokenizer, rewards(), rollout, params, state)
 
 
-def _start_served_engine(config: TrainConfig, arch: Architecture, state: ParallelState) -> SGLangEngine | None:
+def _start_served_engine(
+    config: TrainConfig, arch: Architecture, prompts: PromptSet, state: ParallelState
+) -> SGLangEngine | None:
     """The engine with its servers, on the first rank; the others wait until those are ready."""
     engines: list[SGLangEngine] = []  # an engine stays where it is: only the end of its start is told to all
-    on_first_rank(state, lambda: engines.append(_served_engine(config, arch, state.device)))
+    on_first_rank(state, lambda: engines.append(_served_engine(config, arch, prompts, state.device)))
     return engines[0] if engines else None
 
 
-def _served_engine(config: TrainConfig, arch: Architecture, device: torch.device) -> SGLangEngine:
+def _served_engine(config: TrainConfig, arch: Architecture, prompts: PromptSet, device: torch.device) -> SGLangEngine:
     from megatron_bupo.rollout.sglang.engine import SGLangEngine
     from megatron_bupo.rollout.sglang.servers import Servers
-    from megatron_bupo.rollout.weight_sync.sync import WeightSync
 
     flags, model, run = config.sglang, config.model, config.run
+    what = " ".join(flags.sglang_url) if flags.sglang_url else f"{flags.sglang_num_servers} server(s) to start"
+    print(f"SGLang: waiting for {what}, at most {flags.sglang_start_timeout:g} s", flush=True)
     servers = Servers.start(
         flags,
         model.hf_model,
         "bf16" if model.bf16 else "fp32",
         run.seed,
         Path(run.save) / "sglang" if run.save else None,
-        os.environ.get(API_KEY_VARIABLE),
+        # Taken out of the environment, which processes that judge responses inherit.
+        os.environ.pop(API_KEY_VARIABLE, None),
     )
-    # Gloo or NCCL joins processes on one kind of device; messages go everywhere, but take ten times as long.
-    same_kind = {worker.info.device for worker in servers.workers} == {device.type}
-    method = ("distributed" if same_kind else "tensor") if flags.weight_sync == "auto" else flags.weight_sync
-    folder = flags.weight_sync_dir or (str(Path(run.save) / "sglang" / "weights") if run.save else None)
-    sync = WeightSync(
-        method,
-        bucket_bytes=flags.weight_sync_bucket_mb * 2**20,
-        timeout_s=flags.weight_sync_timeout,
-        folder=Path(folder) if folder else None,
-        hf_model=model.hf_model,
-        vocab_size=arch.vocab_size,
-        tied=arch.tied,
-    )
-    shown = ", ".join(f"{w.name} (sglang {w.info.version}, {w.info.device})" for w in servers.workers)
-    print(f"SGLang: {shown} ready; weights by {method}")
+    try:
+        longest = max(len(prompt.tokens) for prompt in prompts.prompts)
+        check_room(servers.workers, longest, config.rollout.rollout_max_response_len)
+        sync = _weight_sync(config, arch, servers.workers, device)
+    except UsageError:
+        servers.close()
+        raise
     return SGLangEngine(
         servers,
         sync,
@@ -103,4 +105,47 @@ def _served_engine(config: TrainConfig, arch: Architecture, device: torch.device
         request_timeout_s=flags.sglang_request_timeout,
         health_timeout_s=flags.sglang_health_timeout,
         attempts=flags.sglang_attempts,
+    )
+
+
+def check_room(workers: Sequence[Worker], longest_prompt: int, response_len: int) -> None:
+    """Raise UsageError where a server would cut a response to the longest prompt short, hours later."""
+    for worker in workers:
+        # sglang takes prompts 5 tokens shorter than a whole sequence may be, and ends a response one token before that.
+        room = worker.info.max_input_tokens
+        if room is not None and longest_prompt + response_len > room + 4:
+            raise UsageError(
+                f"{worker.name}: has room for {room + 4} tokens, but the longest prompt has {longest_prompt} and a "
+                f"response up to {response_len} (--rollout-max-response-len); ask for shorter ones, or give the server "
+                "more (--context-length, --max-total-tokens, --mem-fraction-static)"
+            )
+
+
+def _weight_sync(
+    config: TrainConfig, arch: Architecture, workers: Sequence[Worker], device: torch.device
+) -> WeightSync:
+    from megatron_bupo.rollout.weight_sync.sync import WeightSync
+
+    flags, save = config.sglang, config.run.save
+    # Gloo or NCCL joins processes on one kind of device; messages go everywhere, but take much longer.
+    same_kind = {worker.info.device for worker in workers} == {device.type}
+    method = ("distributed" if same_kind else "tensor") if flags.weight_sync == "auto" else flags.weight_sync
+    shown = ", ".join(f"{worker.name} (sglang {worker.info.version}, {worker.info.device})" for worker in workers)
+    draws = "from seeds" if all(worker.info.is_deterministic for worker in workers) else "at random"
+    print(f"SGLang: {shown} ready; weights by {method}, draws {draws}", flush=True)
+    folder = Path(save) / "sglang" / "weights" if save else None
+    if flags.weight_sync_dir is not None:
+        # Other runs may use it too. The same run finds, and removes, what it left there when it was killed.
+        name = (
+            hashlib.blake2b(os.path.realpath(save).encode(), digest_size=6).hexdigest() if save else str(uuid.uuid4())
+        )
+        folder = Path(flags.weight_sync_dir) / f"weights-{name}"
+    return WeightSync(
+        method,
+        bucket_bytes=flags.weight_sync_bucket_mb * 2**20,
+        timeout_s=flags.weight_sync_timeout,
+        folder=folder,
+        hf_model=config.model.hf_model,
+        vocab_size=arch.vocab_size,
+        tied=arch.tied,
     )

@@ -80,9 +80,7 @@ def _block_view(block: TransformerBlock, spec: PolicySpec) -> TransformerBlock:
 def view_for(model: HiddenStateModel, spec: PolicySpec) -> HiddenStateModel:
     """The model cut to what the policy `spec` needs; the model itself for the full policy.
 
-    >>> view = view_for(model, PolicySpec.parse("layer:6"))    # model has layers 1..12 of 36 on this stage
-    >>> len(view.decoder.layers), view.decoder.final_layernorm
-    (6, None)
+    Of a stage with layers 1 to 12 of 36, the view for layer:6 has layers 1 to 6, and no final norm.
     """
     if spec.is_full:
         return model

@@ -87,7 +87,7 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
     "sglang-attempts": [("0", "must be at least 1")],
     "weight-sync": [("nccl", "must be one of auto, tensor, distributed, disk")],
     "weight-sync-bucket-mb": [("0", "must be at least 1")],
-    "weight-sync-timeout": [("0", "must be greater than 0")],
+    "weight-sync-timeout": [("0", "must be greater than 0"), ("1800", "at most 1200")],
     "weight-sync-dir": [("weights", "goes only with --weight-sync disk"), ("", "must not be empty")],
     "rollout-batch-size": [("0", "must be at least 1")],
     "n-samples-per-prompt": [("0", "must be at least 1"), ("1", "give 2 or more")],

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
+from megatron_bupo.rollout.engine import Generation, GenerationRequest, SamplingParams, make_requests
 from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
 from megatron_bupo.rollout.sglang.engine import SGLangEngine
+from megatron_bupo.rollout.sglang.requests import sampling_seeds
 from megatron_bupo.rollout.sglang.servers import Endpoint, ServersError, Worker
-from megatron_bupo.rollout.weight_sync.sync import SyncError
-from tests.unit.fake_sglang import FakeServer
+from megatron_bupo.rollout.weight_sync.calls import SyncError
+from megatron_bupo.samples import Prompt
+from tests.unit.fake_sglang import HALF, FakeServer
 
 MODEL = cast(Any, object())  # the stand-in only hands it on
+OWNED = cast(Any, SimpleNamespace(exit_status=lambda: None))  # the process of a server that the run launched
+PARAMS = SamplingParams(0.7, 0.9, 5, (), seed=3)
 
 
 class StandIns:
@@ -21,8 +30,10 @@ class StandIns:
     Attributes:
         unrevivable: workers that are gone for good.
         thaw: a revival is a SIGCONT by somebody, not a restart.
+        unrevivable_router: so are the routers.
         broken_pushes: so many of the next pushes fail in the middle.
-        events: ("revive" or "push", indices of the workers), in the order of time.
+        refuses_pushes: workers at which every push fails.
+        events: ("revive", "push" or "router", indices of the workers), in the order of time.
     """
 
     def __init__(self, count: int) -> None:
@@ -31,7 +42,9 @@ class StandIns:
         self.endpoints = [Endpoint([worker]) for worker in self.workers]
         self.unrevivable: set[Worker] = set()
         self.thaw = False
+        self.unrevivable_router = False
         self.broken_pushes = 0
+        self.refuses_pushes: set[Worker] = set()
         self.may_revive = threading.Event()
         self.may_revive.set()
         self.events: list[tuple[str, list[int]]] = []
@@ -61,6 +74,16 @@ class StandIns:
         worker.client = SGLangClient(self.fakes[worker.index].url)
         worker.version, worker.checked = None, False
 
+    def await_router(self, endpoint: Endpoint) -> None:
+        self.events.append(("router", []))
+        assert endpoint.router is not None
+        if self.unrevivable_router:
+            raise ServersError("the router is gone for good")
+        (fake,) = (fake for fake in self.fakes if fake.url == endpoint.router.url)
+        weights = fake.version
+        fake.restart()
+        fake.version, endpoint.router = weights, SGLangClient(fake.url)
+
     def push(self, workers: Sequence[Worker], model: Any, version: str) -> None:
         assert threading.current_thread() is threading.main_thread(), "the trainer's collectives are its own thread's"
         assert model is MODEL
@@ -72,8 +95,8 @@ class StandIns:
                 worker.client.get("/weights", timeout_s=0.5)
             except ServerError as error:
                 raise SyncError(worker, str(error)) from error
-            if self.broken_pushes:
-                self.broken_pushes -= 1
+            if self.broken_pushes or worker in self.refuses_pushes:
+                self.broken_pushes -= worker not in self.refuses_pushes
                 raise SyncError(worker, f"{worker.name}: bucket 2 did not arrive")
             self.fakes[worker.index].version = version
         for worker in workers:
@@ -82,3 +105,41 @@ class StandIns:
     def close(self) -> None:
         for fake in self.fakes:
             fake.kill()
+
+
+@contextlib.contextmanager
+def made_stand_ins() -> Iterator[Callable[[int], StandIns]]:
+    """Makes so many fake servers; they end with the test, which may take a minute."""
+    made: list[StandIns] = []
+
+    def build(count: int) -> StandIns:
+        made.append(StandIns(count))
+        return made[-1]
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError("the batch does not end")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield build
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        for one in made:
+            one.may_revive.set()
+            one.close()
+
+
+def some_requests(prompts: int, samples: int = 4) -> list[GenerationRequest]:
+    return make_requests([Prompt(i, [i + 1, 40, 41], "") for i in range(prompts)], step=2, num_samples=samples)
+
+
+def check_answers(requests: list[GenerationRequest], answers: list[Generation], version: str = "1") -> None:
+    """Each answer is that of its request: its seed and its prompt are in the tokens."""
+    seeds = sampling_seeds(PARAMS.seed, requests)
+    for request, seed, answer in zip(requests, seeds, answers, strict=True):
+        assert answer.tokens[:3] == [seed % HALF, seed // HALF, HALF + sum(request.prompt.tokens)]
+        assert (answer.finish_reason, answer.weight_version, len(answer.logprobs)) == ("length", version, 5)

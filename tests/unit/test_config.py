@@ -108,8 +108,9 @@ def test_groups_are_frozen(train: TrainConfig) -> None:
         ("data", {"prompt_data": None}, "give --prompt-data FILE... or --load-rollouts DIR"),
         ("rollout", {"rollout_engine": "sglang"}, "sglang: neither servers nor --sglang-launch; give --sglang-url"),
         ("sglang", {"sglang_launch": True}, "--sglang-launch: goes only with --rollout-engine sglang"),
+        ("sglang", {"sglang_concurrency": 8}, "--sglang-concurrency: goes only with --rollout-engine sglang"),
         ("sglang", {"sglang_gpus": ["0", "1"]}, "--sglang-gpus 0 1: give one list for each of the 1 server"),
-        ("sglang", {"sglang_url": ["http://a:1", "http://a:1"]}, "give each server once"),
+        ("sglang", {"sglang_url": ["http://a:1", "http://a:1/"]}, "give each server once"),
         ("run", {"save_interval": 10}, "--save DIR"),
         ("run", {"keep": 2}, "only with --save-interval"),
         ("run", {"allow_changed_run": True}, "only with --load"),
@@ -181,6 +182,7 @@ def test_servers_are_given_or_launched(train: TrainConfig) -> None:
     for words, values in {
         "both --sglang-url and": {"sglang_launch": True, "sglang_url": ["http://a:1"]},
         "--sglang-args: goes only with --sglang-launch": {"sglang_url": ["http://a:1"], "sglang_args": "--tp 2"},
+        "--sglang-num-servers: goes only with": {"sglang_url": ["http://a:1"], "sglang_num_servers": 2},
         "--weight-sync disk: needs --weight-sync-dir": {"sglang_launch": True, "weight_sync": "disk"},
     }.items():
         with pytest.raises(UsageError, match=words):

@@ -22,10 +22,21 @@ from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.samples import MicroBatch, Rollout
 from megatron_bupo.tracking import Tracker, describe_run, fingerprint
 from megatron_bupo.training.actor import UpdateResult
-from megatron_bupo.training.metrics import console_line, means, observe, rollout_metrics, update_metrics
+from megatron_bupo.training.metrics import console_line, engine_alarm, means, observe, rollout_metrics, update_metrics
 from megatron_bupo.training.plan import describe_plan, memory_estimate, parameter_counts
 from megatron_bupo.training.run_state import RunIdentity
 from tests.parallel.references import configs, write_model
+
+
+@pytest.mark.parametrize(
+    ("mean", "bound", "is_raised"),
+    [(0.2, 0.1, True), (0.1, 0.1, False), (0.2, 0.0, False), (math.nan, 0.1, True), (None, 0.1, False)],
+)
+def test_the_alarm_for_an_engine_that_drifts(mean: float | None, bound: float, is_raised: bool) -> None:
+    metrics = {} if mean is None else {"logprob_diff_mean": mean, "logprob_diff_max": 3.0}
+    told = engine_alarm(metrics, bound)
+    assert (told is not None) == is_raised
+    assert told is None or f"above --logprob-diff-alarm {bound}" in told
 
 
 def micro_batch(mask: list[float], engine: list[float] | None) -> MicroBatch:

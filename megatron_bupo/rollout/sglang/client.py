@@ -67,16 +67,12 @@ class SGLangClient:
         return self._request("GET", path, None, timeout_s)
 
     def post(self, path: str, body: Any, *, timeout_s: float) -> Any:
-        """The JSON of an answer (None for an empty one, or for plain text). Raises ServerError."""
-        return self._request("POST", path, body, timeout_s)
+        """The JSON of an answer (None for an empty one, or for plain text). Raises ServerError.
 
-    def is_healthy(self, timeout_s: float) -> bool:
-        """Whether /health answers in time; the server generates a token for it when it is idle."""
-        try:
-            self.get("/health", timeout_s=timeout_s)
-        except ServerError:
-            return False
-        return True
+        Args:
+            body: what becomes JSON, or bytes that are JSON already.
+        """
+        return self._request("POST", path, body, timeout_s)
 
     def for_event_loop(self, limit: int) -> httpx2.AsyncClient:
         """A client for the running event loop, with at most `limit` connections; its user closes it."""
@@ -101,8 +97,11 @@ class SGLangClient:
         self._blocking.close()
 
     def _request(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        content: dict[str, Any] = {"json": body}
+        if isinstance(body, bytes):
+            content = {"content": body, "headers": {"Content-Type": "application/json"}}
         try:
-            answer = self._blocking.request(method, self.url + path, json=body, timeout=self._timeout(timeout_s))
+            answer = self._blocking.request(method, self.url + path, timeout=self._timeout(timeout_s), **content)
         except self._library.RequestError as error:
             raise ServerError(self.url, path, describe(error)) from error
         return self._json(answer, path)
@@ -129,9 +128,11 @@ def describe(error: Exception) -> str:
 def message_of(text: str) -> str:
     """The message in the body of an error answer, on one line and not too long.
 
-    >>> message_of('{"error": {"message": "bad path"}}'), message_of("Internal Server Error")
-    ('bad path', 'Internal Server Error')
+    >>> message_of('{"error": {"message": "bad path"}}'), message_of("Internal Server Error"), message_of("<html>...")
+    ('bad path', 'Internal Server Error', '(a web page)')
     """
+    if text.lstrip().startswith("<"):
+        return "(a web page)"
     try:
         body = json.loads(text)
     except json.JSONDecodeError:

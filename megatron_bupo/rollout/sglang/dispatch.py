@@ -6,6 +6,8 @@ twice. Each lane has a keeper, which probes it from time to time and at once aft
 
     healthy        the requests that failed have used up an attempt and are queued again, first, for another lane
                    if there is one
+    behind a router that is down
+                   all that was asked of it is queued again, at no cost; the router is waited for, its servers stay
     hung or dead   all that was asked of it is queued again, at no cost to the requests; it is brought back, given the
                    weights, and goes on
     lost           the others do the rest; without any other the batch ends
@@ -31,7 +33,7 @@ from megatron_bupo.rollout.sglang.lanes import Job, Lane, Limits, next_share
 from megatron_bupo.rollout.sglang.repair import Ailment, EngineError, Repairs, in_thread
 from megatron_bupo.rollout.sglang.requests import BadAnswer, generate_body, name_of, read_answer, sampling_seeds
 from megatron_bupo.rollout.sglang.servers import Endpoint, ServersError, Worker
-from megatron_bupo.rollout.weight_sync.sync import SyncError
+from megatron_bupo.rollout.weight_sync.calls import SyncError
 
 STRIKES = 3
 """Failures in a row, with no response between them, after which a lane that seems healthy counts as dead."""
@@ -176,6 +178,12 @@ class Batch:
             timer.cancel()
             lane.alarm.clear()
             failed, lane.failed = lane.failed, []
+            blame = await asyncio.wrap_future(in_thread(self._repairs.examine_router, lane.endpoint))
+            if blame is not None:
+                self._take_back(lane, failed)
+                failed = []
+                if not await self._await_router(lane, blame):
+                    break
             ailing = await self._examine(lane, self._version)
             lane.strikes += bool(failed)
             if lane.strikes == STRIKES and not ailing:
@@ -185,6 +193,8 @@ class Batch:
                 self._take_back(lane, failed)
                 is_well = await self._restore(lane, ailing)
             else:
+                if lane.is_down:  # its router is back
+                    await self._open(lane)
                 self._count(lane, failed)
                 lane.is_open = not lane.failed
                 self._fill()
@@ -221,6 +231,19 @@ class Batch:
         found = await asyncio.gather(*map(asyncio.wrap_future, probes))
         return {worker: ailment for worker, ailment in zip(lane.workers, found, strict=True) if ailment is not None}
 
+    async def _await_router(self, lane: Lane, why: str) -> bool:
+        """Whether the router of a lane is back. Its servers are left as they are: it was not their fault."""
+        lane.repairs += 1
+        if lane.repairs > REPAIRS:
+            for worker in lane.workers:
+                self._repairs.give_up(worker, f"its router fails again after {REPAIRS} waits for it: {why}")
+            return False
+        try:
+            await asyncio.wrap_future(in_thread(self._repairs.await_router, lane.endpoint, why))
+        except ServersError:
+            return False
+        return True
+
     async def _restore(self, lane: Lane, ailing: dict[Worker, Ailment]) -> bool:
         """Whether a lane can go on, after its servers were brought back and given the weights."""
         if any(self._repairs.is_lost(worker) for worker in lane.workers):
@@ -230,7 +253,11 @@ class Batch:
         for _ in range(PUSHES if lane.repairs <= REPAIRS else 0):
             for worker in ailing:
                 worker.version, worker.checked = None, False
-            revivals = [self._repairs.revive(worker, ill.what) for worker, ill in ailing.items() if ill.needs_revival]
+            revivals = [
+                ill.revival or self._repairs.revive(worker, ill.what)
+                for worker, ill in ailing.items()
+                if ill.needs_revival
+            ]
             try:
                 await asyncio.gather(*map(asyncio.wrap_future, revivals))
                 await asyncio.wrap_future(self._push([w for w in lane.workers if w.version != self._version]))

@@ -11,9 +11,13 @@ each one carries its log-probs and the version of its weights.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
+import secrets
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from queue import SimpleQueue
 
 from megatron_bupo.rollout.engine import (
@@ -28,10 +32,15 @@ from megatron_bupo.rollout.sglang.dispatch import Batch
 from megatron_bupo.rollout.sglang.lanes import Limits
 from megatron_bupo.rollout.sglang.repair import EngineError, Repairs, in_thread
 from megatron_bupo.rollout.sglang.servers import Servers, Worker
-from megatron_bupo.rollout.weight_sync.sync import SyncError, WeightSync
+from megatron_bupo.rollout.weight_sync.calls import SyncError
+from megatron_bupo.rollout.weight_sync.sync import WeightSync
 
 UPDATES = 3
-"""How often the weights are sent to all servers before the run ends."""
+"""How often the weights are sent before the run ends. What a server cost that was given up does not count."""
+PATIENCE = 2
+"""Failures of one server in one update after which it must not hold up the others any more."""
+OTHER_FILES = 256
+"""Open files that are left to all else than the requests: probes, weights, logs, data."""
 STOP_S = 15.0
 
 
@@ -56,8 +65,12 @@ class SGLangEngine(RolloutEngine):
         attempts: int,
     ) -> None:
         self._servers, self._sync = servers, sync
+        concurrency = _within_open_files(concurrency, len(servers.workers))
         self._limits = Limits(concurrency, attempts, request_timeout_s, health_timeout_s)
         self._repairs = Repairs(servers, health_timeout_s)
+        # Another run may have left weights of the same step on these servers: what they hold is named by both.
+        self._token = secrets.token_hex(4)
+        self._version = ""
         self._weights: tuple[TrainedModel, str] | None = None
 
     def generate(
@@ -93,30 +106,45 @@ class SGLangEngine(RolloutEngine):
             batch.stop()
             wait([outcome], timeout=STOP_S)
             raise
-        return outcome.result()
+        return [replace(generation, weight_version=self._version) for generation in outcome.result()]
 
     def update_weights(self, model: TrainedModel, version: str) -> None:
-        """See `RolloutEngine.update_weights`. What failed is brought back first; who cannot come back is left out.
+        """See `RolloutEngine.update_weights`. A server that failed is brought back meanwhile, and gets them later.
 
         Raises:
             EngineError: no server is left, or the weights did not arrive in several attempts.
         """
-        self._weights = model, version
-        failures: list[str] = []
-        while len(failures) < UPDATES:
+        self._version, self._weights = version, (model, f"{self._token}-{version}")
+        failures: list[SyncError] = []
+        left_out: set[Worker] = set()
+        while sum(failure.worker not in left_out for failure in failures) < UPDATES:
+            workers = self._repairs.ready(thoroughly=bool(failures), without=left_out)
             try:
-                self._sync.push(self._repairs.ready(thoroughly=bool(failures)), model, version)
+                self._sync.push(workers, *self._weights)
                 return
             except SyncError as error:
-                failures.append(str(error))
                 warnings.warn(f"weights {version} are sent again: {error}", stacklevel=1)
-        raise EngineError(f"the servers did not take weights {version} in {UPDATES} attempts: " + "; ".join(failures))
+                failures.append(error)
+                if sum(failure.worker is error.worker for failure in failures) == PATIENCE:
+                    self._spare_others(error, left_out)
+        what = "; ".join(map(str, failures))
+        raise EngineError(f"the servers did not take weights {version} in {len(failures)} attempts: {what}")
 
     def close(self) -> None:
         try:
             self._sync.close()
         finally:
             self._servers.close()
+
+    def _spare_others(self, error: SyncError, left_out: set[Worker]) -> None:
+        """Leave a server that keeps failing out of an update, unless it is the last: restarted if it is ours."""
+        worker = error.worker
+        if any(one is not worker and one not in left_out for one in self._repairs.not_lost()):
+            left_out.add(worker)
+        if worker.process is not None:
+            self._repairs.revive(worker, str(error))
+        elif worker in left_out:
+            self._repairs.give_up(worker, f"it failed {PATIENCE} times in one update, at last: {error}")
 
     def _order_push(self, workers: list[Worker], errands: SimpleQueue[Callable[[], object] | None]) -> Future[None]:
         """Have the thread that called `generate` give the current weights to some servers: all ranks take part."""
@@ -135,3 +163,21 @@ class SGLangEngine(RolloutEngine):
 
         errands.put(push)
         return pushed
+
+
+def _within_open_files(concurrency: int, num_workers: int) -> int:
+    """The requests that each server can have at once, a socket for each, after raising this process's limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # a system that allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return concurrency
+    room = max((limit - OTHER_FILES - 1) // num_workers, 1)
+    if concurrency > room:
+        warnings.warn(
+            f"--sglang-concurrency {concurrency}: lowered to {room}; this process may open {limit} files (ulimit -n)",
+            stacklevel=1,
+        )
+    return min(concurrency, room)

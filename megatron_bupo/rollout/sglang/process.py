@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout_config import SGLangConfig
 
@@ -27,7 +30,9 @@ API_KEY_VARIABLE = "SGLANG_API_KEY"
 _ERROR_LINE = re.compile(r"([\w.]+(Error|Exception)|error)\b:?")
 _GUARD = Path(__file__).with_name("guard.py")
 # What the run decides; given in --sglang-args it would be overruled without a word.
-_OWNED_FLAGS = ("--model-path", "--host", "--port", "--dtype", "--api-key", "--weight-version")
+_OWNED_FLAGS = (
+    "--model-path", "--host", "--port", "--dtype", "--api-key", "--admin-api-key", "--weight-version", "--random-seed",
+)  # fmt: skip
 # A server that inherits these takes itself for a rank of the training job.
 _TORCHRUN_VARIABLES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
@@ -82,7 +87,8 @@ class ServerProcess:
         """The end of what the server printed, for one line, and the last error if it lies above."""
         lines = [line.strip() for line in self.printed().splitlines() if line.strip()]
         above = [line for line in lines[:-num_lines] if _ERROR_LINE.match(line)]
-        shown = [*above[-1:], *lines[-num_lines:]]
+        # The last line of a mistyped flag says it all; above it stand all the flags that there are.
+        shown = lines[-1:] if lines and " error: " in lines[-1] else [*above[-1:], *lines[-num_lines:]]
         return f"its log {self.log} ends with: {' | '.join(line[-300:] for line in shown) or '(nothing)'}"
 
     def begin_stop(self, kill: bool = False) -> None:
@@ -160,7 +166,14 @@ def check_launch(config: SGLangConfig, api_key: str | None) -> None:
             f"--sglang-host {host}: whoever reaches it could use the servers; set a key in {API_KEY_VARIABLE}, or "
             "leave 127.0.0.1"
         )
-    check_server_args(_more_flags(config), api_key is not None)
+    flags = _more_flags(config)
+    check_server_args(flags, api_key is not None)
+    on_cpu = "--device=cpu" in flags or ("--device", "cpu") in itertools.pairwise(flags)
+    if torch.cuda.is_available() and config.sglang_gpus is None and not on_cpu:
+        raise UsageError(
+            "--sglang-launch: say which GPUs serve, other ones than the trainer's; for two servers of two GPUs give "
+            "--sglang-num-servers 2 --sglang-gpus 4,5 6,7"
+        )
     check_python(_python(config), _environment(config, None))
 
 
@@ -205,8 +218,8 @@ def check_server_args(arguments: Sequence[str], has_key: bool) -> None:
             raise UsageError(f"--sglang-args {argument}: goes not with {API_KEY_VARIABLE}; write its flags out")
         if taken:
             raise UsageError(
-                f"--sglang-args {argument}: the run gives {taken[0]} itself (from --hf-model, --sglang-host, a free "
-                f"port, --dtype or {API_KEY_VARIABLE}); leave it out"
+                f"--sglang-args {argument}: the run gives {taken[0]} itself (from --hf-model, --seed, --sglang-host, "
+                f"a free port, --bf16 or {API_KEY_VARIABLE}); leave it out"
             )
 
 

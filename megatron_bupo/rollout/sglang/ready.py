@@ -32,7 +32,6 @@ class ServerInfo:
     Args:
         version: of sglang.
         device: "cpu" or "cuda".
-        dtype: as sglang spells it: "float32", "bfloat16", "auto".
         weight_version: of its weights when it was asked.
         max_input_tokens: longest prompt that it takes; None: it does not say.
         is_deterministic: it heeds sampling seeds.
@@ -41,7 +40,6 @@ class ServerInfo:
     version: str
     tp_size: int
     device: str
-    dtype: str
     weight_version: str
     max_input_tokens: int | None
     is_deterministic: bool
@@ -58,7 +56,6 @@ class ServerInfo:
             version=str(args.get("version")),
             tp_size=int(args["tp_size"]),
             device=str(args.get("device")),
-            dtype=str(args.get("dtype")),
             weight_version=str(model.get("weight_version")),
             max_input_tokens=args.get("max_req_input_len"),
             is_deterministic=bool(args.get("enable_deterministic_inference")),
@@ -105,6 +102,8 @@ class Wait:
                 info = ServerInfo.of(client, self.dtype, self._probe_s())
             except ServerError as error:
                 self._check_allowed(error)
+                if error.status in (404, 405):
+                    raise UsageError(f"{name}: something else than an SGLang server answers there ({error})") from error
                 self._pause(name, str(error), process)
                 continue
             if version is not None and info.weight_version != version:

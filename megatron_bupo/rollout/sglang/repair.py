@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Collection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_bupo.rollout.sglang.client import ServerError
-from megatron_bupo.rollout.sglang.servers import Servers, ServersError, Worker
+from megatron_bupo.rollout.sglang.servers import Endpoint, Servers, ServersError, Worker
 
 PROBE_PAUSE_S = 0.3
 REFUSALS = 3
 """So many connections in a row that are refused or cut, not late, mean a dead server."""
+LOST_S = 5.0
+"""Seconds that a server which was lost has to answer; the others wait for it at every update."""
+NOBODY_BEHIND = frozenset({None, 502, 504})
+"""No whole answer, or that of a gateway that reaches nobody."""
 
 _Result = TypeVar("_Result")
 
@@ -26,10 +30,14 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ailment:
-    """What is wrong with a server; `needs_revival` unless the right weights are all that it lacks."""
+    """What is wrong with a server; `needs_revival` unless the right weights are all that it lacks.
+
+    `revival` is one that was under way: a second one would end the server that has just come back.
+    """
 
     what: str
     needs_revival: bool = True
+    revival: Future[None] | None = None
 
 
 class Repairs:
@@ -48,22 +56,58 @@ class Repairs:
     def is_lost(self, worker: Worker) -> bool:
         return worker in self._lost
 
-    def examine(self, worker: Worker, version: str | None) -> Ailment | None:
+    def not_lost(self) -> list[Worker]:
+        return [worker for worker in self._servers.workers if worker not in self._lost]
+
+    def examine(self, worker: Worker, version: str | None, *, timeout_s: float | None = None) -> Ailment | None:
         """None where a server is healthy and holds `version` (None: any). Blocks, at most for the health timeout."""
-        if worker in self._revivals:
-            return Ailment("it is being brought back")
+        revival = self._revivals.get(worker)
+        if revival is not None:
+            return Ailment("it is being brought back", revival=revival)
         try:
-            held = _probe(worker, self._health_timeout_s)
+            held = _probe(worker, timeout_s or self._health_timeout_s)
         except ServerError as error:
             return Ailment(_ended(worker) or str(error))
         if version is not None and held != version:
             return Ailment(f"it holds weights {held!r}, not {version!r}", needs_revival=False)
         return None
 
+    def examine_router(self, endpoint: Endpoint) -> str | None:
+        """Why the router of an endpoint cannot be asked; None where it answers, or there is none. Blocks."""
+        router = endpoint.router
+        if router is None:
+            return None
+
+        def ask(left_s: Callable[[], float]) -> None:
+            try:
+                router.get("/health", timeout_s=left_s())
+            except ServerError as error:
+                if error.status in NOBODY_BEHIND:
+                    raise
+                # One that says that something is wrong lives: some say so when it is a worker that ails.
+
+        try:
+            _try_several(ask, self._health_timeout_s)
+        except ServerError as error:
+            return str(error)
+        return None
+
+    def await_router(self, endpoint: Endpoint, why: str) -> None:
+        """Wait for a router that failed. Blocks. Raises ServersError after giving its servers up."""
+        assert endpoint.router is not None
+        try:
+            self._servers.await_router(endpoint)
+        except ServersError as error:
+            for worker in endpoint.workers:
+                self.give_up(worker, f"{error} (it had failed: {why})")
+            raise
+        warnings.warn(f"router {endpoint.router.url} answers again: it had failed: {why}", stacklevel=1)
+
     def revive(self, worker: Worker, why: str) -> Future[None]:
         """Start to bring a server back, unless that is under way. The future has ServersError if it is lost."""
         with self._lock:
             if worker not in self._revivals:
+                worker.version = None  # now, and not when the thread begins: a batch must not ask it any more
                 self._revivals[worker] = in_thread(lambda: self._revive(worker, why))
             return self._revivals[worker]
 
@@ -73,44 +117,56 @@ class Repairs:
         self._lost[worker] = why
         warnings.warn(f"server {worker.name} is left out: {why}", stacklevel=1)
 
-    def ready(self, *, thoroughly: bool) -> list[Worker]:
-        """The servers that can be given weights, after bringing back those that failed. Blocks.
+    def ready(self, *, thoroughly: bool, without: Collection[Worker] = ()) -> list[Worker]:
+        """The servers that can be given weights now. Blocks.
+
+        Those that failed are brought back meanwhile, and are waited for only where there is no other.
 
         Args:
             thoroughly: have them generate a token (a second); otherwise it is enough that they answer at all.
+            without: left out.
 
         Raises:
             EngineError: none is left.
         """
-        doubtful = set(self._lost)
-        self._lost.clear()
-        workers = self._servers.workers
-        checks = [in_thread(self._bring_back, worker, thoroughly or worker in doubtful) for worker in workers]
-        back = [worker for worker, check in zip(workers, checks, strict=True) if check.result()]
+        workers = [worker for worker in self._servers.workers if worker not in without]
+        doubtful = {worker for worker in workers if self._lost.pop(worker, None) is not None}
+        checks = [in_thread(self._check, worker, thoroughly, worker in doubtful) for worker in workers]
+        revivals = {worker: check.result() for worker, check in zip(workers, checks, strict=True)}
+        back = [worker for worker, revival in revivals.items() if revival is None]
+        pending = {revival for revival in revivals.values() if revival is not None}
+        while pending and not back:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            back = [worker for worker, revival in revivals.items() if revival in done and revival.exception() is None]
         if not back:
             raise self.none_left()
         return back
 
     def none_left(self) -> EngineError:
-        behind = "in order, but behind a router with one that is not"
-        reasons = "; ".join(f"{worker.name}: {self._lost.get(worker, behind)}" for worker in self._servers.workers)
+        behind, being = "in order, but behind a router with one that is not", "it is being brought back"
+        reasons = "; ".join(
+            f"{worker.name}: {self._lost.get(worker, being if worker in self._revivals else behind)}"
+            for worker in self._servers.workers
+        )
         return EngineError(
             f"no SGLang server is left: {reasons}; --sglang-restarts and --sglang-start-timeout bound what is done to "
             "bring one back"
         )
 
-    def _bring_back(self, worker: Worker, thoroughly: bool) -> bool:
-        """Whether a server is healthy now, if need be after a revival."""
+    def _check(self, worker: Worker, thoroughly: bool, is_doubtful: bool) -> Future[None] | None:
+        """None where a server is healthy, otherwise its revival."""
         revival = self._revivals.get(worker)
-        if revival is None:
-            if not thoroughly and self._answers(worker):
-                return True
-            ailment = self.examine(worker, version=None)
-            if ailment is None:
-                worker.checked = worker.checked and not thoroughly  # it failed: it may have been started anew since
-                return True
-            revival = self.revive(worker, ailment.what)
-        return revival.exception() is None
+        if revival is not None:
+            return revival
+        if not thoroughly and not is_doubtful and self._answers(worker):
+            return None
+        timeout_s = min(LOST_S, self._health_timeout_s) if is_doubtful else None
+        ailment = self.examine(worker, version=None, timeout_s=timeout_s)
+        if ailment is None:
+            if thoroughly or is_doubtful:
+                worker.checked = False  # it failed: it may have been started anew since
+            return None
+        return ailment.revival or self.revive(worker, ailment.what)
 
     def _answers(self, worker: Worker) -> bool:
         try:
@@ -122,7 +178,7 @@ class Repairs:
         return True
 
     def _revive(self, worker: Worker, why: str) -> None:
-        name, worker.version = worker.name, None
+        name = worker.name
         try:
             self._servers.revive(worker)
         except Exception as error:
@@ -161,12 +217,21 @@ def _ended(worker: Worker) -> str | None:
 
 def _probe(worker: Worker, timeout_s: float) -> object:
     """The version of the weights of a server that generates. Raises ServerError: the last failure of several tries."""
+
+    def ask(left_s: Callable[[], float]) -> object:
+        worker.client.get("/health", timeout_s=left_s())
+        return _held_version(worker, left_s())
+
+    return _try_several(ask, timeout_s)
+
+
+def _try_several(ask: Callable[[Callable[[], float]], _Result], timeout_s: float) -> _Result:
+    """The result of `ask`, called with what says how many seconds are left. Raises the last ServerError."""
     deadline = time.monotonic() + timeout_s
     refused = 0
     while True:
         try:
-            worker.client.get("/health", timeout_s=max(deadline - time.monotonic(), PROBE_PAUSE_S))
-            return _held_version(worker, max(deadline - time.monotonic(), PROBE_PAUSE_S))
+            return ask(lambda: max(deadline - time.monotonic(), PROBE_PAUSE_S))
         except ServerError as error:
             refused = refused + 1 if error.status is None else 0
             # A server that says 503 may have much to do: it has until the deadline.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -73,7 +77,7 @@ class Servers:
         self._logs = logs or Path(tempfile.mkdtemp(prefix="bupo-sglang-logs-") if launcher is not None else "")
         self._processes: dict[int, ServerProcess] = {}
         self._num_starts: dict[int, int] = {}
-        self._num_revivals = 0
+        self._num_revivals: Counter[Worker] = Counter()
         self._lock = threading.Lock()
         self._ending = threading.Event()
 
@@ -120,7 +124,7 @@ class Servers:
         """Bring a worker that failed back: with unknown weights, to be checked anew. Blocks until it is ready.
 
         An owned one is killed and started again; another one is waited for, as somebody may restart it. Each start, or
-        wait, counts against --sglang-restarts; all must be done within --sglang-start-timeout.
+        wait, counts against its --sglang-restarts; all must be done within --sglang-start-timeout.
 
         Raises:
             ServersError: the budget or the time is spent, or the worker came back as one that cannot serve this run.
@@ -145,6 +149,25 @@ class Servers:
                     raise ServersError(f"{worker.name} did not come back: {error}") from error
                 last = f"; at its last start {error}"
 
+    def await_router(self, endpoint: Endpoint) -> None:
+        """Wait until a router that failed answers again, before the same servers. Blocks.
+
+        Raises:
+            ServersError: it is not back within --sglang-start-timeout, or is no router of these servers any more.
+        """
+        assert endpoint.router is not None
+        try:
+            urls = self._wait(lambda _text: None).find_workers(endpoint.router)
+        except UsageError as error:
+            raise ServersError(f"router {endpoint.router.url} did not come back: {error}") from error
+        expected = sorted(worker.client.url for worker in endpoint.workers)
+        if sorted(urls or []) != expected:
+            found = " ".join(urls or ["no worker"])
+            raise ServersError(
+                f"router {endpoint.router.url} came back with {found}, not with {' '.join(expected)}; only those have "
+                "the weights of this run"
+            )
+
     def close(self) -> None:
         """End the owned servers with all that they started, and let go of the others. Safe to call twice."""
         self._end(kill=False)
@@ -159,6 +182,7 @@ class Servers:
             names = [f"server_{index}" for index in range(self._config.sglang_num_servers)]
         else:
             names = [url.rstrip("/") for url in self._config.sglang_url or []]
+            _check_distinct(names)
         states = dict.fromkeys(names, "")
         found: dict[str, Endpoint] = {}
         failed: list[BaseException] = []
@@ -219,9 +243,11 @@ class Servers:
     def _spend_revival(self, worker: Worker, last: str) -> None:
         budget = self._config.sglang_restarts
         with self._lock:
-            if self._num_revivals >= budget:
-                raise ServersError(f"{worker.name} failed, and --sglang-restarts {budget} is used up in this run{last}")
-            self._num_revivals += 1
+            if self._num_revivals[worker] >= budget:
+                raise ServersError(
+                    f"{worker.name} failed, and its --sglang-restarts {budget} is used up in this run{last}"
+                )
+            self._num_revivals[worker] += 1
 
     def _end(self, kill: bool) -> None:
         with self._lock:
@@ -252,7 +278,20 @@ def _check_key(api_key: str | None) -> None:
         raise UsageError(f"{API_KEY_VARIABLE}: give letters, digits and ._~+/=- only, with none of =- at the beginning")
 
 
-def _check_distinct(urls: list[str]) -> None:
-    twice = sorted({url for url in urls if urls.count(url) > 1})
-    if twice:
-        raise UsageError(f"--sglang-url: {' '.join(twice)} is given twice, or stands behind a router that is given too")
+def _check_distinct(urls: Sequence[str]) -> None:
+    """Raise UsageError where one server has two names: it would be given two updates at once."""
+    for (first, at_first), (second, at_second) in combinations([(url, _addresses(url)) for url in urls], 2):
+        if at_first & at_second:
+            names = " = ".join(dict.fromkeys([first, second]))
+            raise UsageError(f"--sglang-url: {names} is given twice, or stands behind a router that is given too")
+
+
+def _addresses(url: str) -> set[tuple[str, int]]:
+    """Addresses and port that a URL leads to; as it is written, where nobody knows the name (yet)."""
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return {(host, port)}
+    return {(str(address[0]), port) for *_, address in found}

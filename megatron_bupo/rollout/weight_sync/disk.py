@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_bupo.weights.hf_files import write_hf_folder
 class FolderOnDisk:
     """POST /update_weights_from_disk. Only the newest version stays in `folder`, until `close`.
 
-    Two runs may share the folder: each writes below a name of its own.
+    The folder belongs to this run alone: what a killed one left there is removed before the first version is written.
 
     Raises (from `send`):
         UsageError: the folder cannot be written.
@@ -28,11 +27,13 @@ class FolderOnDisk:
     in_session = False
 
     def __init__(self, folder: Path, hf_model: str, shard_bytes: int) -> None:
-        self._own = folder.absolute() / f"weights-{secrets.token_hex(4)}"
+        self._own = folder.absolute()
         self._hf_model, self._shard_bytes = hf_model, shard_bytes
         self._newest: Path | None = None
 
     def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        if self._newest is None and self._own.exists():
+            shutil.rmtree(self._own)
         target = self._own / re.sub(r"[^\w.-]", "_", f"version-{attempt.version}")
         stream = iter(tensors)
         first = next(stream)

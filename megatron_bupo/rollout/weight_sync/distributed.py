@@ -41,22 +41,21 @@ class Broadcasts:
 
     def __init__(self, bucket_bytes: int) -> None:
         self._bucket_bytes = bucket_bytes
-        self._groups: dict[str, UpdateGroup] = {}
+        self._groups: dict[Worker, UpdateGroup] = {}
 
     def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for worker in attempt.workers:
-            url = worker.client.url
-            # A server process that was never compared is new, though it may have the address of an old one.
-            if url in self._groups and not worker.checked:
-                self._groups.pop(url).close()
-            if url not in self._groups:
-                self._groups[url] = UpdateGroup(attempt, worker)
+            # A server process that was never compared is new, whether or not it has the address of an old one.
+            if worker in self._groups and not worker.checked:
+                self._groups.pop(worker).close()
+            if worker not in self._groups:
+                self._groups[worker] = UpdateGroup(attempt, worker)
         for bucket in buckets(tensors, self._bucket_bytes):
             self._broadcast(attempt, bucket)
 
     def _broadcast(self, attempt: Attempt, bucket: Bucket) -> None:
         def broadcast(worker: Worker) -> None:
-            self._groups[worker.client.url].broadcast(bucket.tensors, attempt.label(bucket))
+            self._groups[worker].broadcast(bucket.tensors, attempt.label(bucket))
 
         attempt.on_all(str(bucket), broadcast)
 

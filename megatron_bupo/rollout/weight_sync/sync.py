@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import TrainedModel
 from megatron_bupo.rollout.sglang.client import ServerError
-from megatron_bupo.rollout.weight_sync.calls import SHORT_S, Attempt, SyncError, ask, is_answered
+from megatron_bupo.rollout.weight_sync.calls import SHORT_S, Attempt, ask, is_answered
 from megatron_bupo.rollout.weight_sync.checks import (
     ExpectedWeights,
     check_probe,
@@ -29,7 +29,6 @@ from megatron_bupo.rollout.weight_sync.tensor import TensorMessages
 if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang.servers import Worker
 
-__all__ = ["SyncError", "WeightSync"]
 _FLUSH_S = 30.0
 
 
@@ -59,7 +58,7 @@ class WeightSync:
         method: tensor posts messages, distributed broadcasts in a process group, disk writes files.
         bucket_bytes: of weights in one message, or in one file.
         timeout_s: for one message.
-        folder: that the servers see too, for disk.
+        folder: that the servers see too, for disk; of this run alone, what is in it goes.
         hf_model: whose config and tokenizer go with the files.
         vocab_size: without padding, for the fixed prompt.
         tied: whether the unembedding is the embedding, and the servers have no tensor for it.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import pickle
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_bupo.rollout.weight_sync.calls import Attempt, Bucket, ask, buckets
-
-if TYPE_CHECKING:
-    from megatron_bupo.rollout.sglang.servers import Worker
 
 
 class TensorMessages:
@@ -33,13 +30,16 @@ class TensorMessages:
 
     def _post(self, attempt: Attempt, bucket: Bucket) -> None:
         entry = serialize(bucket.tensors)
-        body = {"load_format": None, "flush_cache": False, "weight_version": attempt.label(bucket)}
-
-        def post(worker: Worker) -> None:
-            whole = body | {"serialized_named_tensors": [entry] * worker.info.tp_size}
-            ask(worker, "/update_weights_from_tensor", whole, attempt.timeout_s)
-
-        attempt.on_all(str(bucket), post)
+        fixed = {"load_format": None, "flush_cache": False, "weight_version": attempt.label(bucket)}
+        # Encoded once for all servers of a size, not in each one's thread: a message is large.
+        bodies = {
+            size: json.dumps(fixed | {"serialized_named_tensors": [entry] * size}).encode()
+            for size in {worker.info.tp_size for worker in attempt.workers}
+        }
+        attempt.on_all(
+            str(bucket),
+            lambda worker: ask(worker, "/update_weights_from_tensor", bodies[worker.info.tp_size], attempt.timeout_s),
+        )
 
     def abandon(self) -> None:
         """Nothing outlives a failed push."""

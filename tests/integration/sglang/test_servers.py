@@ -14,7 +14,7 @@ import pytest
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
-from megatron_bupo.rollout.sglang.servers import Servers, ServersError, Worker
+from megatron_bupo.rollout.sglang.servers import Servers, Worker
 from tests.integration.sglang.conftest import ROOT, VOCAB_SIZE, launch_config, server_processes
 
 KEY = "s3cret-key"
@@ -44,7 +44,7 @@ def test_two_servers_are_ready(servers: Servers) -> None:
     assert len({worker.client.url for worker in servers.workers}) == 2
     for index, worker in enumerate(servers.workers):
         assert worker.name == f"server_{index} ({worker.client.url})"
-        assert (worker.info.device, worker.info.dtype, worker.info.tp_size) == ("cpu", "float32", 1)
+        assert (worker.info.device, worker.info.tp_size, worker.info.is_deterministic) == ("cpu", 1, False)
         assert worker.info.max_input_tokens is not None and worker.info.max_input_tokens > 400
         assert generates(worker)
         kinds = [process.name() for process in server_processes(worker)]
@@ -58,24 +58,9 @@ def test_given_servers_are_the_same_from_outside(servers: Servers) -> None:
     assert [worker.client.url for worker in found.workers] == urls
     assert [worker.info.version for worker in found.workers] == [worker.info.version for worker in servers.workers]
     found.close()
-    assert all(worker.client.is_healthy(60) for worker in servers.workers)
+    assert all(generates(worker) for worker in servers.workers)
     with pytest.raises(UsageError, match="runs in float32, the trainer in bfloat16"):
         Servers.start(given, "elsewhere", "bf16", 1, None, None)
-
-
-def test_a_killed_server_is_brought_back(servers: Servers) -> None:
-    worker, other = servers.workers
-    worker.version, worker.checked = "7", True
-    before, client, version = server_processes(worker), worker.client, worker.info.weight_version
-    before[0].kill()
-    assert not client.is_healthy(2)
-    servers.revive(worker)
-    assert (worker.version, worker.checked) == (None, False)
-    assert worker.info.weight_version != version
-    assert servers.endpoints[0].client is worker.client is not client
-    assert generates(worker)
-    assert not [process for process in before if process.is_running()]
-    assert generates(other)
 
 
 def test_a_killed_run_leaves_nothing_and_its_key_is_nowhere(
@@ -106,20 +91,5 @@ def test_a_killed_run_leaves_nothing_and_its_key_is_nowhere(
         run.wait()
     _, left = psutil.wait_procs(processes, timeout=60)
     assert left == []
-    assert not SGLangClient(url, KEY).is_healthy(5)
-
-
-def test_a_server_that_cannot_start_is_one_clear_error(sglang_python: Path, tmp_path: Path) -> None:
-    config = launch_config(sglang_python, sglang_args="--no-such-flag")
-    with pytest.raises(UsageError, match=r"exit status 2.*server_0\.log ends with: .*--no-such-flag"):
-        Servers.start(config, str(tmp_path), "fp32", 1, tmp_path, None)
-
-
-def test_the_budget_ends_the_restarts(servers: Servers) -> None:
-    given = launch_config(
-        Path(sys.executable), sglang_launch=False, sglang_url=[servers.workers[0].client.url], sglang_restarts=1
-    )
-    found = Servers.start(given, "elsewhere", "fp32", 1, None, None)
-    found.revive(found.workers[0])
-    with pytest.raises(ServersError, match="--sglang-restarts 1 is used up in this run"):
-        found.revive(found.workers[0])
+    with pytest.raises(ServerError, match="ConnectError"):
+        SGLangClient(url, KEY).get("/health", timeout_s=5)

@@ -31,7 +31,7 @@ def test_a_preempted_job_goes_on_by_itself(training: Training) -> None:
 
 
 def test_a_server_that_cannot_start_ends_the_job(training: Training) -> None:
-    job = training.submit("one_node.sbatch", SGLANG_PYTHON="/bin/false")
+    job = training.submit("one_node.sbatch", SGLANG_ARGS="--no-such-flag")
     assert training.wait_for_end(job) == "FAILED"
     assert training.cluster.exit_code(job) == 1
     assert "server_0" in training.log()
