@@ -121,15 +121,21 @@ def check_room(workers: Sequence[Worker], longest_prompt: int, response_len: int
             )
 
 
+def sync_method(flag: str, server_devices: set[str], trainer_device: str) -> str:
+    """What --weight-sync stands for, as cpu and cuda meet."""
+    if flag != "auto":
+        return flag
+    # Gloo or NCCL joins processes on one kind of device; messages go everywhere, but take much longer.
+    return "distributed" if server_devices == {trainer_device} else "tensor"
+
+
 def _weight_sync(
     config: TrainConfig, arch: Architecture, workers: Sequence[Worker], device: torch.device
 ) -> WeightSync:
     from megatron_bupo.rollout.weight_sync.sync import WeightSync
 
     flags, save = config.sglang, config.run.save
-    # Gloo or NCCL joins processes on one kind of device; messages go everywhere, but take much longer.
-    same_kind = {worker.info.device for worker in workers} == {device.type}
-    method = ("distributed" if same_kind else "tensor") if flags.weight_sync == "auto" else flags.weight_sync
+    method = sync_method(flags.weight_sync, {worker.info.device for worker in workers}, device.type)
     shown = ", ".join(f"{worker.name} (sglang {worker.info.version}, {worker.info.device})" for worker in workers)
     draws = "from seeds" if all(worker.info.is_deterministic for worker in workers) else "at random"
     print(f"SGLang: {shown} ready; weights by {method}, draws {draws}", flush=True)

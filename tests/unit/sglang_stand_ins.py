@@ -50,12 +50,14 @@ class StandIns:
         self.events: list[tuple[str, list[int]]] = []
         self.engines: list[SGLangEngine] = []
 
-    def engine(self, *, concurrency: int = 4, attempts: int = 3, health_timeout_s: float = 2.0) -> SGLangEngine:
+    def engine(
+        self, *, concurrency: int = 4, attempts: int = 3, health_timeout_s: float = 2.0, request_timeout_s: float = 30.0
+    ) -> SGLangEngine:
         engine = SGLangEngine(
             cast(Any, self),
             cast(Any, self),
             concurrency=concurrency,
-            request_timeout_s=30.0,
+            request_timeout_s=request_timeout_s,
             health_timeout_s=health_timeout_s,
             attempts=attempts,
         )

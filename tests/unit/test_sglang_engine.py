@@ -59,6 +59,18 @@ def test_random_faults_lose_no_request_and_answer_none_twice(make: Callable[[int
     check_answers(requests, engine.generate(requests, PARAMS), version="2")
 
 
+def test_a_request_that_hangs_at_a_healthy_server_is_asked_again(make: Callable[[int], StandIns]) -> None:
+    stand_ins = make(2)
+    once = fail_first(1, "slow")
+    stand_ins.fakes[0].fault = lambda body: time.sleep(8) if once(body) else None
+    engine = stand_ins.engine(request_timeout_s=0.5)
+    engine.update_weights(MODEL, "1")
+    requests, started = some_requests(6), time.monotonic()
+    check_answers(requests, engine.generate(requests, PARAMS))
+    assert time.monotonic() - started < 7, "the request, not the server, took too long"
+    assert stand_ins.events == [("push", [0, 1])], "and so no server is brought back"
+
+
 def test_load_is_spread_within_the_limit_and_samples_of_a_prompt_stay_together(
     make: Callable[[int], StandIns],
 ) -> None:

@@ -1,0 +1,48 @@
+"""What is decided between the flags and the served engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bupo.commands.sources import check_room, sync_method
+from megatron_bupo.errors import UsageError
+from megatron_bupo.rollout.sglang.process import check_launch
+from megatron_bupo.rollout_config import SGLangConfig
+
+
+@pytest.mark.parametrize(
+    ("flag", "servers", "trainer", "expected"),
+    [
+        ("auto", {"cpu"}, "cpu", "distributed"),
+        ("auto", {"cuda"}, "cuda", "distributed"),
+        ("auto", {"cuda"}, "cpu", "tensor"),
+        ("auto", {"cuda", "cpu"}, "cuda", "tensor"),
+        ("disk", {"cuda"}, "cuda", "disk"),
+    ],
+)
+def test_weight_sync_auto(flag: str, servers: set[str], trainer: str, expected: str) -> None:
+    assert sync_method(flag, servers, trainer) == expected
+
+
+def test_a_response_that_a_server_would_cut_is_refused_at_the_start() -> None:
+    """As sglang 0.5.23 counts: of 512 positions it takes prompts of 506 tokens, and prompt and response of 510."""
+    worker: Any = SimpleNamespace(name="http://h:1", info=SimpleNamespace(max_input_tokens=506))
+    silent: Any = SimpleNamespace(name="http://h:2", info=SimpleNamespace(max_input_tokens=None))
+    check_room([worker, silent], longest_prompt=10, response_len=500)
+    with pytest.raises(UsageError, match=r"http://h:1: has room for 510 tokens, but the longest prompt has 10 and a"):
+        check_room([worker], longest_prompt=10, response_len=501)
+
+
+def test_servers_on_gpus_are_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = SGLangConfig(sglang_launch=True)
+    with pytest.raises(UsageError, match="say which GPUs serve"):
+        check_launch(config, None)
+    for changed in ({"sglang_gpus": ["1"]}, {"sglang_args": "--device cpu"}):
+        with pytest.raises(UsageError, match="has no sglang"):  # the next thing that is wrong here
+            check_launch(dataclasses.replace(config, **changed), None)  # type: ignore[arg-type]
