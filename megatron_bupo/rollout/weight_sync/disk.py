@@ -50,9 +50,9 @@ class FolderOnDisk:
         """What was written stays for the next push, which replaces it."""
 
     def close(self) -> None:
-        self._newest = None
-        if self._own.exists():
+        if self._newest is not None:
             shutil.rmtree(self._own)
+        self._newest = None
 
 
 def _chain(first: tuple[str, Tensor], rest: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
