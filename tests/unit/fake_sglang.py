@@ -66,7 +66,6 @@ class FakeServer:
 
     version: of the weights that it says it holds.
     fault: asked with the body of each /generate: a word of FAULTS, or None.
-    change: what is done to each good answer before it is sent.
     delay_s: of each /generate.
     is_frozen: nothing is answered any more, as after SIGSTOP.
     is_ill: /health says 503, all else works.
@@ -78,7 +77,6 @@ class FakeServer:
     def __init__(self) -> None:
         self.version = DEFAULT_VERSION
         self.fault: Callable[[Body], str | None] = lambda body: None
-        self.change: Callable[[Body], object] = lambda answer: None
         self.delay_s = 0.0
         self.is_frozen = False
         self.is_ill = False
@@ -149,7 +147,6 @@ class FakeServer:
             answer = good_answer(body, DEFAULT_VERSION)
         if fault == "hang":
             self.is_frozen = True
-        self.change(answer)
         data = json.dumps(answer).encode()
         return (-1, data) if fault == "cut in the body" else (200, data)
 

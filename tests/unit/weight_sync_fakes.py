@@ -79,33 +79,30 @@ class FakeServer:
         elif call == "model_info":
             return 200, {"weight_version": self.version}
         elif call == "weights_checker":
-            return 200, {"success": True, "ranks": [{"checksums": self.checksums()}]}
+            return 200, {"success": True, "ranks": [{"checksums": server_checksums(self.held)}]}
         elif call == "generate":
             numbers = [None if math.isnan(number) else number for number in self.logprobs]
             pairs = zip([None, *numbers], body["input_ids"], strict=True)
             return 200, {"meta_info": {"input_token_logprobs": [[number, token, None] for number, token in pairs]}}
         return 200, {"success": True, "message": ""}
 
-    def checksums(self) -> dict[str, str]:
-        """Of whole stacked and padded tensors, made with torch."""
-        held, found = dict(self.held), {}
-        for whole, parts in {
-            "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-            "gate_up_proj": ["gate_proj", "up_proj"],
-        }.items():
-            for first in [name for name in held if f".{parts[0]}." in name]:
-                tensors = [held.pop(first.replace(parts[0], part)) for part in parts]
-                if whole == "gate_up_proj":  # of width 20
-                    tensors = [torch.cat([tensor, tensor.new_zeros(32 - 20, tensor.shape[1])]) for tensor in tensors]
-                stacked = torch.cat(tensors)
-                held[first.replace(parts[0], whole)] = stacked
-        for name, tensor in held.items():
-            if tensor.shape[0] == VOCAB:
-                tensor = torch.cat([tensor, tensor.new_zeros(128 - VOCAB, tensor.shape[1])])
-            if ".down_proj." in name:
-                tensor = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], 32 - 20)], dim=1)
-            found[name] = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).digest()[:8].hex()
-        return found
+
+def server_checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """As a CPU server hashes the tensors (names of HuggingFace) that it holds: whole stacked and padded ones."""
+    held, found = dict(tensors), {}
+    for whole, parts in {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.items():
+        for first in [name for name in held if f".{parts[0]}." in name]:
+            stacked = [held.pop(first.replace(parts[0], part)) for part in parts]
+            if whole == "gate_up_proj":
+                stacked = [torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 32)) for tensor in stacked]
+            held[first.replace(parts[0], whole)] = torch.cat(stacked)
+    for name, tensor in held.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 64))
+        if ".down_proj." in name:
+            tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % 32))
+        found[name] = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).digest()[:8].hex()
+    return found
 
 
 class FakeModel:

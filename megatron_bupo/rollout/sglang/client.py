@@ -39,24 +39,16 @@ class SGLangClient:
     Args:
         url: such as http://127.0.0.1:30000, without a path.
         api_key: sent as a bearer token, when given.
-        transport, async_transport: in place of the network, for tests.
+        transport: in place of the network, for tests.
 
     Raises:
         UsageError: the client's library is not installed.
     """
 
-    def __init__(
-        self,
-        url: str,
-        api_key: str | None = None,
-        *,
-        transport: httpx2.BaseTransport | None = None,
-        async_transport: httpx2.AsyncBaseTransport | None = None,
-    ) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, transport: httpx2.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/")
         self._library = http_library()
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._async_transport = async_transport
         limits = self._library.Limits(keepalive_expiry=IDLE_S)
         self._blocking = self._library.Client(
             headers=self._headers, trust_env=False, transport=transport, limits=limits
@@ -77,9 +69,7 @@ class SGLangClient:
     def for_event_loop(self, limit: int) -> httpx2.AsyncClient:
         """A client for the running event loop, with at most `limit` connections; its user closes it."""
         limits = self._library.Limits(max_connections=limit, max_keepalive_connections=limit, keepalive_expiry=IDLE_S)
-        return self._library.AsyncClient(
-            headers=self._headers, trust_env=False, limits=limits, transport=self._async_transport
-        )
+        return self._library.AsyncClient(headers=self._headers, trust_env=False, limits=limits)
 
     async def ask(self, client: httpx2.AsyncClient, path: str, body: Any, *, timeout_s: float) -> Any:
         """`post` on the event loop, over a client of `for_event_loop`. Raises ServerError; can be cancelled."""

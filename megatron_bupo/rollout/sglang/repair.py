@@ -14,7 +14,7 @@ from megatron_bupo.rollout.sglang.client import ServerError
 from megatron_bupo.rollout.sglang.servers import Endpoint, Servers, ServersError, Worker
 
 PROBE_PAUSE_S = 0.3
-REFUSALS = 3
+MAX_REFUSED = 3
 """So many connections in a row that are refused or cut, not late, mean a dead server."""
 LOST_S = 5.0
 """Seconds that a server which was lost has to answer; the others wait for it at every update."""
@@ -235,7 +235,7 @@ def _try_several(ask: Callable[[Callable[[], float]], _Result], timeout_s: float
         except ServerError as error:
             refused = refused + 1 if error.status is None else 0
             # A server that says 503 may have much to do: it has until the deadline.
-            if refused == REFUSALS or time.monotonic() + PROBE_PAUSE_S > deadline:
+            if refused == MAX_REFUSED or time.monotonic() + PROBE_PAUSE_S > deadline:
                 raise
         time.sleep(PROBE_PAUSE_S)
 

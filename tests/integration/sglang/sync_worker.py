@@ -6,7 +6,6 @@ sync; exits 1 if any is off.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from megatron_bupo.rollout.sglang.servers import Servers, Worker
 from megatron_bupo.rollout.weight_sync.sync import WeightSync
 from megatron_bupo.rollout_config import SGLangConfig
 from megatron_bupo.weights.hf_files import HFWeights
+from tests.unit.weight_sync_fakes import server_checksums
 
 METHODS = ("tensor", "distributed", "disk")
 SEQUENCE = [(5 + 17 * at + at * at) % 299 for at in range(40)]
@@ -83,27 +83,9 @@ def server_logprobs(client: SGLangClient) -> tuple[Tensor, str]:
     return torch.tensor([entry[0] for entry in meta["input_token_logprobs"][1:]]), meta["weight_version"]
 
 
-def stacked_checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """As a CPU server hashes its tensors, from whole stacked and padded ones."""
-    held, found = dict(tensors), {}
-    for whole, parts in {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.items():
-        for first in [name for name in held if f".{parts[0]}." in name]:
-            stacked = [held.pop(first.replace(parts[0], part)) for part in parts]
-            if whole == "gate_up_proj":
-                stacked = [torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 32)) for tensor in stacked]
-            held[first.replace(parts[0], whole)] = torch.cat(stacked)
-    for name, tensor in held.items():
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 64))
-        if ".down_proj." in name:
-            tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % 32))
-        found[name] = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).digest()[:8].hex()
-    return found
-
-
 def problems_of(workers: list[Worker], folder: str, tensors: dict[str, Tensor], version: str) -> list[str]:
     """Compare every server with HuggingFace, and tell the figures."""
-    wanted, checksums = hf_logprobs(folder, tensors), stacked_checksums(tensors)
+    wanted, checksums = hf_logprobs(folder, tensors), server_checksums(tensors)
     problems = []
     for worker in workers:
         found, named = server_logprobs(worker.client)
