@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.table import table_for
 from megatron_bupo.weights.hf_files import write_hf_folder
-from megatron_bupo.weights.table import table_for
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVERTERS = ROOT / "checkpoint_converters"

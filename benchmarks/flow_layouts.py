@@ -18,8 +18,8 @@ import time
 
 import torch
 
-from megatron_bupo.config import ParallelConfig
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.samples import Rollout
 from megatron_bupo.weights.hf_files import HFWeights

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bupo.parallel import unembedding
+from megatron_bupo.ops import unembedding
 
 HEADINGS = ("seconds", "x products", "CPU s", "x products", "peak MB")
 

@@ -68,9 +68,9 @@ def make_rollouts(args: argparse.Namespace, vocab_size: int) -> list[Rollout]:
 
 def ours(args: argparse.Namespace) -> Update:
     """One process of megatron_bupo, its defaults."""
-    from megatron_bupo.config import OptimizerConfig, ParallelConfig
-    from megatron_bupo.data.batches import pack_for
-    from megatron_bupo.model.architecture import Architecture
+    from megatron_bupo.architectures.architecture import Architecture
+    from megatron_bupo.config.train import OptimizerConfig, ParallelConfig
+    from megatron_bupo.data.packing import pack_for
     from megatron_bupo.parallel.setup import parallel_state
     from megatron_bupo.rl.advantages import advantages
     from megatron_bupo.rl.losses import LossConfig

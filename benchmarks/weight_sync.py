@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.rollout.sglang.servers import Servers
-from megatron_bupo.rollout.weight_sync.sync import WeightSync
-from megatron_bupo.rollout_config import SGLangConfig
+from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
 
 METHODS = ("tensor", "distributed", "disk")
 SERVER = (

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_bupo.commands.converters import Parser, check_hf_model, layout_of, report, run_program
+from megatron_bupo.conversion.program import Parser, check_hf_model, layout_of, report, run_program
 
 PROG = "hf_to_megatron.py"
 
@@ -28,8 +28,8 @@ def main(words: Sequence[str]) -> int:
     parallel = layout_of(arguments)
     check_hf_model(arguments.hf_model)
 
-    from megatron_bupo.weights.convert import hf_to_megatron
-    from megatron_bupo.weights.ranks import launched
+    from megatron_bupo.conversion.convert import hf_to_megatron
+    from megatron_bupo.conversion.workers import launched
 
     with launched() as ranks:
         started = time.monotonic()

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_bupo.commands.converters import DTYPES, Parser, layout_of, report, run_program
+from megatron_bupo.conversion.program import DTYPES, Parser, layout_of, report, run_program
 
 PROG = "megatron_to_hf.py"
 
@@ -31,10 +31,10 @@ def main(words: Sequence[str]) -> int:
 
     import torch
 
-    from megatron_bupo.config import check_world
-    from megatron_bupo.weights.convert import megatron_to_hf
-    from megatron_bupo.weights.policy_export import export_policy
-    from megatron_bupo.weights.ranks import launched
+    from megatron_bupo.config.train import check_world
+    from megatron_bupo.conversion.convert import megatron_to_hf
+    from megatron_bupo.conversion.policy_export import export_policy
+    from megatron_bupo.conversion.workers import launched
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     source, output, force = arguments.checkpoint, arguments.output, arguments.force

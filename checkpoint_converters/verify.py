@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron_bupo.commands.converters import Parser, check_hf_model, layout_of, run_program
+from megatron_bupo.conversion.program import Parser, check_hf_model, layout_of, run_program
 
 PROG = "verify.py"
 
@@ -25,7 +25,7 @@ def main(words: Sequence[str]) -> int:
     parallel = layout_of(arguments)
     check_hf_model(arguments.hf_model)
 
-    from megatron_bupo.commands.verify import run
+    from megatron_bupo.conversion.verify import run
 
     return run(arguments.hf_model, arguments.checkpoint, parallel, not arguments.weights_only)
 

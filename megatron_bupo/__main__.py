@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 
 from megatron_bupo import __version__
-from megatron_bupo.cli import COMMANDS, parse
-from megatron_bupo.config import ParallelConfig, TrainConfig, check_world
+from megatron_bupo.config.command_line import COMMANDS, parse
+from megatron_bupo.config.train import ParallelConfig, TrainConfig, check_world
 from megatron_bupo.errors import UsageError
 
 DESCRIPTIONS = {

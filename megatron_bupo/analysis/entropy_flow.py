@@ -25,7 +25,7 @@ from megatron_bupo.analysis.flow_file import (
 )
 from megatron_bupo.analysis.flow_tokens import SINGLE_NAMES, FlowTotals, TokenValues
 from megatron_bupo.analysis.stages import select_layer
-from megatron_bupo.data.batches import pack_for
+from megatron_bupo.data.packing import pack_for
 from megatron_bupo.model.capture import captured_states
 from megatron_bupo.model.flow import TokenFlow, UnembeddingEverywhere, token_flow
 from megatron_bupo.model.parallel_model import ParallelModel

@@ -8,16 +8,16 @@ import torch
 
 from megatron_bupo.analysis.flow_file import EntropyFlow, check_measurable, span_text, write_flow
 from megatron_bupo.analysis.flow_plots import draw_flows
-from megatron_bupo.command_config import EntropyFlowConfig
-from megatron_bupo.commands.prompting import Prompting
+from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config.commands import EntropyFlowConfig
 from megatron_bupo.data.prompts import has_tokenizer, load_tokenizer
 from megatron_bupo.data.rollout_files import read_rollouts, write_rollouts
 from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
+from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.samples import Rollout
 from megatron_bupo.weights.hf_files import HFWeights
-from megatron_bupo.weights.table import table_for
 
 
 def run(config: EntropyFlowConfig) -> None:

@@ -13,15 +13,15 @@ from megatron_bupo.analysis.side_by_side import (
     open_console,
     print_side_by_side,
 )
-from megatron_bupo.command_config import GenerateConfig
-from megatron_bupo.commands.prompting import Prompting
-from megatron_bupo.config import ParallelConfig
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config.commands import GenerateConfig
+from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.data.rollout_files import write_rollouts
-from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import parallel_state
+from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.samples import Rollout
 from megatron_bupo.weights.hf_files import HFWeights
-from megatron_bupo.weights.table import table_for
 
 
 def run(config: GenerateConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_bupo.analysis.flow_file import FILE_NAME, read_flow
 from megatron_bupo.analysis.flow_plots import draw_flows
 from megatron_bupo.analysis.plots import FORMATS, reward_curves
-from megatron_bupo.command_config import PlotConfig
+from megatron_bupo.config.commands import PlotConfig
 from megatron_bupo.errors import UsageError
 
 

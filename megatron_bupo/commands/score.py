@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_bupo.command_config import ScoreConfig
+from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
-from megatron_bupo.model.architecture import Architecture, check_layout
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.weights.hf_files import HFWeights
-from megatron_bupo.weights.table import table_for
 
 
 def run(config: ScoreConfig) -> None:
@@ -24,8 +24,8 @@ def run(config: ScoreConfig) -> None:
     weights.check(table_for(arch))
     rollouts = read_rollouts(config.rollouts, arch.vocab_size)
     with parallel_state(parallel, seed=0) as state:
-        from megatron_bupo.evaluation import score_rollouts, write_scores
         from megatron_bupo.model.parallel_model import ParallelModel
+        from megatron_bupo.model.scoring import score_rollouts, write_scores
 
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32
         model = ParallelModel(arch, weights, parallel, state, dtype)

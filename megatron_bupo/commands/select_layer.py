@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_bupo.analysis.flow_file import EntropyFlow, read_flow, span_text
 from megatron_bupo.analysis.stages import Selection, select_layer
-from megatron_bupo.command_config import SelectLayerConfig
+from megatron_bupo.config.commands import SelectLayerConfig
 
 
 def run(config: SelectLayerConfig) -> None:

@@ -10,28 +10,29 @@ from pathlib import Path
 import torch
 
 from megatron_bupo.analysis.flow_file import EntropyFlow, write_flow
-from megatron_bupo.commands.auto_layer import (
+from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config.train import TrainConfig
+from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
+from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
+from megatron_bupo.errors import UsageError
+from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
+from megatron_bupo.rewards.runner import RewardFunction
+from megatron_bupo.rl.schedule import PolicySchedule
+from megatron_bupo.rollout.source import FirstStepKept, RolloutSource
+from megatron_bupo.rollout.start import check_source, make_source
+from megatron_bupo.training.auto_layer import (
     CHOICE_FOLDER,
     choice_so_far,
     choose_layer,
     describe_choice,
     layer_of_run,
 )
-from megatron_bupo.commands.sources import check_source, make_source
-from megatron_bupo.config import TrainConfig
-from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
-from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
-from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture, check_layout
-from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
-from megatron_bupo.rewards.runner import RewardFunction
-from megatron_bupo.rl.schedule import PolicySchedule
-from megatron_bupo.rollout.source import FirstStepKept, RolloutSource
-from megatron_bupo.tracking import Tracker, describe_run, fingerprint
+from megatron_bupo.training.run_record import describe_run, fingerprint
 from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start
+from megatron_bupo.training.tracker import Tracker
 from megatron_bupo.weights.checkpoint_tree import HF
 from megatron_bupo.weights.hf_files import HFWeights, write_hf_folder
-from megatron_bupo.weights.table import table_for
 
 
 def run(config: TrainConfig) -> None:
@@ -183,7 +184,7 @@ def _track(run: _Run, state: ParallelState) -> Tracker | None:
     tracker = Tracker(flags.save, flags.tensorboard_dir, run.start.done)
     folder = Path(flags.save) / CHOICE_FOLDER if flags.save else None
     if flow is not None and run.start.folder is None:
-        from megatron_bupo.analysis.flow_log import log_flow
+        from megatron_bupo.training.flow_log import log_flow
 
         chosen, tokens, why = flow.suggested_layer, flow.num_tokens, flow.selection["reasons"][1]
         print(f"internal layer {chosen}, chosen on {tokens} tokens: {why}; {flow.selection['stability']}")

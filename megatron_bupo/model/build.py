@@ -22,10 +22,10 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor, nn
 
-from megatron_bupo.config import ParallelConfig
-from megatron_bupo.model.architecture import Architecture
-from megatron_bupo.model.attention import PackedSdpaAttention
-from megatron_bupo.model.light import RMSNorm, SwiGLU
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.ops.attention import PackedSdpaAttention
+from megatron_bupo.ops.lean_layers import RMSNorm, SwiGLU
 from megatron_bupo.parallel.setup import ParallelState
 
 

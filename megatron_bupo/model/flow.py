@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from megatron_bupo.model.build import HiddenStateModel
 from megatron_bupo.model.capture import LayerStates
 from megatron_bupo.model.policy import unembedding_weight
+from megatron_bupo.ops.unembedding import RowStatistics, expectation, row_statistics
 from megatron_bupo.parallel.setup import ParallelState
-from megatron_bupo.parallel.unembedding import RowStatistics, expectation, row_statistics
 
 _LN_2 = math.log(2.0)
 # What a stage computes of a layer, in the order of its rows.

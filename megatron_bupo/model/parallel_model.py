@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_bupo.config import ParallelConfig
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.model.build import HiddenStateModel, build_model
 from megatron_bupo.model.policy import PolicyOutput, run_policy
 from megatron_bupo.parallel.setup import ParallelState

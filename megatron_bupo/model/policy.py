@@ -21,9 +21,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_bupo.model.build import HiddenStateModel, has_transformer_engine
-from megatron_bupo.model.truncated import view_for
+from megatron_bupo.model.views import view_for
+from megatron_bupo.ops.unembedding import logprob_and_entropy
 from megatron_bupo.parallel.setup import ParallelState
-from megatron_bupo.parallel.unembedding import logprob_and_entropy
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import MicroBatch
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_bupo.config import ParallelConfig, check_world
+from megatron_bupo.config.train import ParallelConfig, check_world
 
 # A collective that waits longer than this names its group and ends the run, instead of hanging for ever.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from megatron_bupo.config.rollout import RolloutConfig
 from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
+from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rollout.engine import (
@@ -24,8 +26,7 @@ from megatron_bupo.rollout.engine import (
     TrainedModel,
     make_requests,
 )
-from megatron_bupo.rollout.lead import LedModel, on_first_rank
-from megatron_bupo.rollout_config import RolloutConfig
+from megatron_bupo.rollout.led_model import LedModel
 from megatron_bupo.samples import Rollout
 
 

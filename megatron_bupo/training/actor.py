@@ -15,8 +15,8 @@ from megatron.core.distributed import (
 )
 from torch import Tensor
 
-from megatron_bupo.config import OptimizerConfig, ParallelConfig
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.train import OptimizerConfig, ParallelConfig
 from megatron_bupo.model.parallel_model import ParallelModel
 from megatron_bupo.model.policy import PolicyOutput, run_policy
 from megatron_bupo.parallel.cpu import give_freed_memory_back

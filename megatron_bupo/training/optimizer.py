@@ -20,7 +20,7 @@ from megatron.core.optimizer import ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from torch import nn
 
-from megatron_bupo.config import OptimizerConfig
+from megatron_bupo.config.train import OptimizerConfig
 from megatron_bupo.policy_spec import PolicySpec
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")

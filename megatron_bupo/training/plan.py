@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_bupo.config import TrainConfig
-from megatron_bupo.flags import Group, flag_name
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.flags import Group, flag_name
+from megatron_bupo.config.train import TrainConfig
 
 _GB = 1e9
 

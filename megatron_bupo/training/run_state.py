@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_bupo.config import RunConfig
+from megatron_bupo.config.train import RunConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.files import new_file
 from megatron_bupo.policy_spec import PolicySpec

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_bupo.analysis.flow_log import flow_of_step, log_flow
-from megatron_bupo.config import TrainConfig
-from megatron_bupo.data.batches import pack_for
-from megatron_bupo.data.packing import split_mini_batches
+from megatron_bupo.config.train import TrainConfig
+from megatron_bupo.data.packing import pack_for, split_mini_batches
 from megatron_bupo.data.rollout_files import step_file, write_rollouts
 from megatron_bupo.errors import UsageError
-from megatron_bupo.evaluation import ModelForEngine, score_rollouts
+from megatron_bupo.model.scoring import ModelForEngine, score_rollouts
 from megatron_bupo.parallel.reduce import reduce_everywhere
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
@@ -28,8 +26,8 @@ from megatron_bupo.rl.losses import LossConfig
 from megatron_bupo.rl.schedule import PolicySchedule, learning_rate
 from megatron_bupo.rollout.source import RolloutSource
 from megatron_bupo.samples import MicroBatch, Rollout
-from megatron_bupo.tracking import Metrics, Tracker
 from megatron_bupo.training.actor import Actor
+from megatron_bupo.training.flow_log import flow_of_step, log_flow
 from megatron_bupo.training.metrics import (
     OBSERVED_MAXIMA,
     OBSERVED_SUMS,
@@ -42,6 +40,7 @@ from megatron_bupo.training.metrics import (
     rollout_metrics,
     update_metrics,
 )
+from megatron_bupo.training.tracker import Metrics, Tracker
 from megatron_bupo.training.watch import PhaseNumbers, PhaseWatch
 
 FULL = PolicySpec()

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bupo.config.stop_bounds import StopBound
 from megatron_bupo.data.rollout_files import read_rollouts, write_rollouts
 from megatron_bupo.errors import UsageError
 from megatron_bupo.samples import Rollout
-from megatron_bupo.stop_bounds import StopBound
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException, Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_bupo.architectures.llama import LLAMA_LAYER
 from megatron_bupo.errors import UsageError
-from megatron_bupo.weights.llama import LLAMA_LAYER
 from megatron_bupo.weights.sharding import global_name
 
 if TYPE_CHECKING:
-    from megatron_bupo.model.build import HiddenStateModel
+    from megatron.core.models.gpt import GPTModel
 
 METADATA_FILE, FORMAT_FILE = ".metadata", "metadata.json"
 # The norms' keys where somebody saved a local layer spec under its own names: read, never written.
@@ -36,7 +36,7 @@ LOCAL_KEYS = {
 }
 
 
-def model_state(chunks: Sequence[HiddenStateModel]) -> dict[str, Any]:
+def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
     """megatron-core's sharded state of this rank's model chunks: global parameter name -> ShardedTensor or factory.
 
     Keys are unique over virtual stages, since layers are numbered over the whole model. A tied last stage's copy of the
@@ -92,7 +92,7 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder))
 
 
-def load_model(chunks: Sequence[HiddenStateModel], folder: Path) -> None:
+def load_model(chunks: Sequence[GPTModel], folder: Path) -> None:
     """Fill the parameters of this rank's model chunks in place, cast to their dtype. A collective.
 
     Raises:

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_bupo.architectures.layouts import Shape, SliceLike
+from megatron_bupo.architectures.table import WeightTable
 from megatron_bupo.errors import UsageError
-from megatron_bupo.weights.layouts import Shape, SliceLike
-from megatron_bupo.weights.table import WeightTable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

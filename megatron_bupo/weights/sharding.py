@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.layouts import Mapping, Replicated
+from megatron_bupo.architectures.table import WeightTable, table_for
 from megatron_bupo.weights.hf_files import HFWeights
-from megatron_bupo.weights.layouts import Mapping, Replicated
-from megatron_bupo.weights.table import WeightTable, table_for
 
 _LOCAL_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 

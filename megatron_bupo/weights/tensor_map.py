@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from megatron_bupo.architectures.layouts import Shape
+from megatron_bupo.architectures.table import WeightTable
 from megatron_bupo.errors import UsageError
 from megatron_bupo.weights.hf_files import DTYPES, SINGLE_FILE, HFWeights, copy_companions
-from megatron_bupo.weights.layouts import Shape
-from megatron_bupo.weights.table import WeightTable
 
 MAP_FILE = "tensors.json"
 MAX_SHARD_BYTES = 5_000_000_000

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.rl.losses import LossConfig
@@ -145,8 +145,8 @@ def score(cases: Path, state: ParallelState) -> list[str]:
     """bf16 log-probs and entropies against HuggingFace in fp32."""
     from transformers import AutoModelForCausalLM
 
-    from megatron_bupo.evaluation import score_rollouts
     from megatron_bupo.model.parallel_model import ParallelModel
+    from megatron_bupo.model.scoring import score_rollouts
 
     folder, rollouts = cases / "qwen3-tied", random_rollouts(8, seed=2)
     config = config_for(cases, "qwen3-tied", "full", [])

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bupo.commands.converters import Parser, layout_of
-from megatron_bupo.config import ParallelConfig
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_bupo.conversion.program import Parser, layout_of
+from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
-from megatron_bupo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_bupo.weights.dist_checkpoint import load_model, model_state, read_metadata, save_sharded
 from megatron_bupo.weights.hf_files import HFWeights
-from megatron_bupo.weights.ranks import Ranks
 from megatron_bupo.weights.sharding import global_named_parameters, hf_tensors
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_bupo.cli import parse
-from megatron_bupo.command_config import ScoreConfig
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
-from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.weights.hf_files import HFWeights
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.cli import parse
-from megatron_bupo.command_config import ScoreConfig
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.parallel.first_rank import FirstRankFailed, on_first_rank
 from megatron_bupo.parallel.setup import parallel_state
-from megatron_bupo.rollout.lead import FirstRankFailed, LedModel, on_first_rank
+from megatron_bupo.rollout.led_model import LedModel
 from megatron_bupo.weights.hf_files import HFWeights
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -32,8 +33,8 @@ def main() -> None:
     config = parse("score", ["--hf-model", folder, "--rollouts", rollouts, "--output", "unused", *flags])
     assert isinstance(config, ScoreConfig)
     with parallel_state(config.parallel, seed=1) as state:
-        from megatron_bupo.evaluation import ModelForEngine
         from megatron_bupo.model.parallel_model import ParallelModel
+        from megatron_bupo.model.scoring import ModelForEngine
 
         model = ParallelModel(Architecture.from_hf(folder), HFWeights(folder), config.parallel, state, torch.float32)
         led = LedModel(ModelForEngine(model, max_tokens=64), state)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_bupo.cli import parse
-from megatron_bupo.command_config import ScoreConfig
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
-from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.weights.hf_files import HFWeights
@@ -30,8 +30,8 @@ def main() -> None:
     rollouts = read_rollouts(cases / "rollouts.jsonl")
     worst: dict[str, float] = {}
     with parallel_state(parallel, seed=1) as state:
-        from megatron_bupo.evaluation import score_rollouts
         from megatron_bupo.model.parallel_model import ParallelModel
+        from megatron_bupo.model.scoring import score_rollouts
 
         for name in sorted(reference):
             arch = Architecture.from_hf(cases / name)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.config import ParallelConfig
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.conversion.convert import hf_to_megatron
+from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.data.rollout_files import write_rollouts
-from megatron_bupo.weights.convert import hf_to_megatron
-from megatron_bupo.weights.ranks import Ranks
 from tests.parallel.launch import ROOT, assert_passed, torchrun
 from tests.parallel.references import configs, random_rollouts, write_model
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_bupo.parallel import unembedding
-from megatron_bupo.parallel.unembedding import logprob_and_entropy
+from megatron_bupo.ops import unembedding
+from megatron_bupo.ops.unembedding import logprob_and_entropy
 
 WORLD, HIDDEN, VOCAB = 3, 8, 101
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_bupo.cli import parse
-from megatron_bupo.config import TrainConfig
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.source import Replay

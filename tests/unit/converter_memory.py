@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_bupo.config import ParallelConfig
-from megatron_bupo.weights.convert import hf_to_megatron, megatron_to_hf
-from megatron_bupo.weights.ranks import Ranks
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_bupo.conversion.workers import Ranks
 
 
 def resident_mb(field: str) -> float:

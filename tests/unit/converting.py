@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_bupo.config import ParallelConfig
-from megatron_bupo.weights.convert import hf_to_megatron
-from megatron_bupo.weights.ranks import Ranks
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.conversion.convert import hf_to_megatron
+from megatron_bupo.conversion.workers import Ranks
 from tests.unit.tiny_hf import save_tiny
 
 COMPANIONS = {

@@ -14,8 +14,9 @@ from megatron_bupo.rollout.engine import Generation, GenerationRequest, Sampling
 from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
 from megatron_bupo.rollout.sglang.engine import SGLangEngine
 from megatron_bupo.rollout.sglang.requests import sampling_seeds
-from megatron_bupo.rollout.sglang.servers import Endpoint, ServersError, Worker
-from megatron_bupo.rollout.weight_sync.calls import SyncError
+from megatron_bupo.rollout.sglang.servers import ServersError
+from megatron_bupo.rollout.sglang.weight_sync.calls import SyncError
+from megatron_bupo.rollout.sglang.worker import Endpoint, Worker
 from megatron_bupo.samples import Prompt
 from tests.unit.fake_sglang import HALF, FakeServer
 

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture
 from tests.unit.tiny_hf import FAMILIES, tiny_model
 
 # As the model cards' folders have them, written by transformers 4.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_bupo import __main__ as program
-from megatron_bupo.cli import COMMANDS, flags_of, parse
+from megatron_bupo.config.command_line import COMMANDS, flags_of, parse
 from megatron_bupo.errors import UsageError
 from tests.unit.bad_values import BAD_VALUES, NOT_INTEGERS, NOT_NUMBERS, OTHER_BAD_VALUES
 
@@ -278,7 +278,8 @@ def test_a_bad_flag_ends_quickly_in_one_line() -> None:
 
 def test_nothing_heavy_is_imported_before_the_flags_are_checked(words: dict[str, list[str]]) -> None:
     script = (
-        "import json, sys; from megatron_bupo import __main__ as program; from megatron_bupo.cli import parse; "
+        "import json, sys; from megatron_bupo import __main__ as program; "
+        "from megatron_bupo.config.command_line import parse; "
         "parse('train', json.loads(sys.argv[1])); print(json.dumps(sorted(sys.modules)))"
     )
     ended = subprocess.run(

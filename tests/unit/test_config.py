@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bupo.command_config import GenerateConfig, ScoreConfig
-from megatron_bupo.config import (
+from megatron_bupo.config.commands import GenerateConfig, ScoreConfig
+from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
+from megatron_bupo.config.train import (
     AlgorithmConfig,
     BatchConfig,
     DataConfig,
@@ -21,7 +22,6 @@ from megatron_bupo.config import (
     check_world,
 )
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout_config import RolloutConfig, SGLangConfig
 
 
 @pytest.fixture

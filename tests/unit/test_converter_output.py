@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bupo.config import ParallelConfig
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.errors import UsageError
-from megatron_bupo.weights.convert import hf_to_megatron, megatron_to_hf
-from megatron_bupo.weights.ranks import Ranks
 from tests.unit.converting import assert_same_files, convert, make_source
 
 

@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.config import ParallelConfig
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_bupo.conversion.stored_model import Slot, StoredModel, finish_folder, stored_dtypes, write_pieces
+from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.weights import tensor_map
-from megatron_bupo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_bupo.weights.dist_checkpoint import LOCAL_KEYS, read_metadata
-from megatron_bupo.weights.dist_stream import Slot, StoredModel, finish_folder, stored_dtypes, write_pieces
 from megatron_bupo.weights.hf_files import HFWeights
-from megatron_bupo.weights.ranks import Ranks
-from megatron_bupo.weights.table import table_for
 from tests.unit.converting import assert_same_files, convert, make_source, save_as
 from tests.unit.tiny_hf import FAMILIES
 

@@ -1,39 +1,36 @@
-"""One-way floors: a module imports from its own floor or lower ones, and never in a circle.
+"""One-way floors: a module imports from its own floor or lower ones, and nothing in a circle: no modules, no folders.
 
-Every import counts: inside functions, and under TYPE_CHECKING too.
+The floors are those of docs/design.md. Every import counts: inside functions, and under TYPE_CHECKING too.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_bupo"
+# What the lowest floors must do without, whoever calls them: the highest floor without it.
+FORBIDDEN = {"megatron": 1, "transformers": 1, "datasets": 2}
 
-# The longest name that a module begins with decides.
-FLOORS = {
-    "errors": 0, "files": 0, "policy_spec": 0, "samples": 0,
-    "flags": 0, "stop_bounds": 0, "config": 0, "rollout_config": 0, "command_config": 0,
-    "rl": 1, "rewards": 1,
-    "parallel": 2,
-    "model": 3, "weights": 3,
-    "data": 4, "rollout": 4, "training": 4, "tracking": 4,
-    "training.trainer": 5, "evaluation": 5, "analysis": 5,
-    "cli": 6, "commands": 6, "__main__": 6,
-}  # fmt: skip
-# What the lower floors must do without, whoever calls them.
-FORBIDDEN = {"megatron": 1, "transformers": 1, "datasets": 3}
+
+def read_floors(text: str) -> dict[str, int]:
+    """Folder or module of the package -> its floor, from the lines `    FLOOR  NAME NAME ...  | what is there`."""
+    lines = re.findall(r"^    (\d)  ([\w ]+?) +\| ", text, re.MULTILINE)
+    return {name: int(floor) for floor, names in lines for name in names.split()}
+
+
+FLOORS = read_floors((ROOT / "docs" / "design.md").read_text())
 
 
 def floor_of(module: str) -> int:
     """The floor of a module such as 'megatron_bupo.rl.losses'; the package itself is at the bottom."""
-    name = module.removeprefix(PACKAGE).removeprefix(".")
-    if not name:
+    parts = module.split(".")
+    if len(parts) == 1:
         return 0
-    fitting = [key for key in FLOORS if name == key or name.startswith(f"{key}.")]
-    assert fitting, f"{module} has no floor: name one in FLOORS"
-    return FLOORS[max(fitting, key=len)]
+    assert parts[1] in FLOORS, f"{module} has no floor: name its folder in docs/design.md"
+    return FLOORS[parts[1]]
 
 
 def imports_of(source: str, module: str, is_package: bool) -> set[str]:
@@ -80,6 +77,22 @@ def upward(graph: dict[str, set[str]]) -> list[str]:
     )
 
 
+def siblings(graph: dict[str, set[str]]) -> dict[str, dict[str, set[str]]]:
+    """For every folder, what lies in it (modules and folders) -> what it imports of the others in it.
+
+    A folder is one node in the graph of the folder around it: between two folders, an import of any module in them
+    counts.
+    """
+    inside: dict[str, dict[str, set[str]]] = {}
+    for module, others in graph.items():
+        parts = module.split(".")
+        for depth in range(1, len(parts)):
+            folder, child = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
+            imported = {".".join(other.split(".")[: depth + 1]) for other in others if other.startswith(f"{folder}.")}
+            inside.setdefault(folder, {}).setdefault(child, set()).update(imported - {child})
+    return inside
+
+
 def circle(graph: dict[str, set[str]]) -> list[str]:
     """The modules of one circle, or an empty list: what is left after all that import nothing left are taken away."""
     left = dict(graph)
@@ -111,6 +124,17 @@ def test_no_circle(sources: dict[str, tuple[str, bool]]) -> None:
     assert circle(graph_of(sources)) == []
 
 
+def test_no_circle_of_folders(sources: dict[str, tuple[str, bool]]) -> None:
+    inside = siblings(graph_of(sources))
+    assert {PACKAGE, f"{PACKAGE}.rollout", f"{PACKAGE}.rollout.sglang"} <= inside.keys()
+    assert {folder: found for folder, graph in inside.items() if (found := circle(graph))} == {}
+
+
+def test_every_folder_has_one_floor(sources: dict[str, tuple[str, bool]]) -> None:
+    names = {module.split(".")[1] for module in sources if "." in module}
+    assert names == FLOORS.keys()
+
+
 def test_low_floors_do_without_the_heavy_libraries(sources: dict[str, tuple[str, bool]]) -> None:
     found = [
         f"{module} imports {name}"
@@ -126,17 +150,41 @@ def test_the_reader_sees_every_way_of_importing() -> None:
     package = {
         "megatron_bupo": ("", True),
         "megatron_bupo.rl": ("", True),
-        "megatron_bupo.rl.losses": ("from .. import tracking\nfrom . import schedule", False),
+        "megatron_bupo.rl.losses": ("from ..training import tracker\nfrom . import schedule", False),
         "megatron_bupo.rl.schedule": ("def f():\n    from megatron_bupo.rl.losses import loss", False),
-        "megatron_bupo.tracking": ("import megatron_bupo.errors", False),
+        "megatron_bupo.training.tracker": ("import megatron_bupo.errors", False),
         "megatron_bupo.errors": ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .rl import x", False),
     }
     graph = graph_of(package)
-    assert graph["megatron_bupo.rl.losses"] == {"megatron_bupo.tracking", "megatron_bupo.rl.schedule"}
+    assert graph["megatron_bupo.rl.losses"] == {"megatron_bupo.training.tracker", "megatron_bupo.rl.schedule"}
     assert upward(graph) == [
         "megatron_bupo.errors (floor 0) imports megatron_bupo.rl (floor 1)",
-        "megatron_bupo.rl.losses (floor 1) imports megatron_bupo.tracking (floor 4)",
+        "megatron_bupo.rl.losses (floor 1) imports megatron_bupo.training.tracker (floor 6)",
     ]
     losses, schedule = "megatron_bupo.rl.losses", "megatron_bupo.rl.schedule"
     assert circle(graph) == [losses, schedule, losses]
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_a_circle_of_folders_is_seen_where_no_module_is_in_one() -> None:
+    graph = {
+        "p.a.one": {"p.b.one"},
+        "p.a.two": set(),
+        "p.b.one": set(),
+        "p.b.two": {"p.a.two"},
+        "p.b.inner.x": {"p.b.two"},
+    }
+    assert circle(graph) == []
+    inside = siblings(graph)
+    assert inside["p"] == {"p.a": {"p.b"}, "p.b": {"p.a"}}
+    assert inside["p.b"] == {"p.b.one": set(), "p.b.two": set(), "p.b.inner": {"p.b.two"}}
+    assert circle(inside["p"]) == ["p.a", "p.b", "p.a"]
+
+
+def test_floors_are_read_from_the_page() -> None:
+    assert read_floors("    0  errors files   | words\n    7  commands  __main__ | thin\ntext 1  a | b") == {
+        "errors": 0,
+        "files": 0,
+        "commands": 7,
+        "__main__": 7,
+    }

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.table import table_for
 from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.weights.hf_files import HFWeights, check_output, write_hf_folder
-from megatron_bupo.weights.table import table_for
 from tests.unit.tiny_hf import hf_state, save_tiny
 
 NORM = "model.norm.weight"

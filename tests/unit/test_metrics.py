@@ -14,17 +14,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.cli import parse
-from megatron_bupo.config import TrainConfig
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.model.policy import PolicyOutput
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.samples import MicroBatch, Rollout
-from megatron_bupo.tracking import Tracker, describe_run, fingerprint
 from megatron_bupo.training.actor import UpdateResult
 from megatron_bupo.training.metrics import console_line, engine_alarm, means, observe, rollout_metrics, update_metrics
 from megatron_bupo.training.plan import describe_plan, memory_estimate, parameter_counts
+from megatron_bupo.training.run_record import describe_run, fingerprint
 from megatron_bupo.training.run_state import RunIdentity
+from megatron_bupo.training.tracker import Tracker
 from tests.parallel.references import configs, write_model
 
 

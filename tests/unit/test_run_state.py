@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bupo.config import RunConfig
+from megatron_bupo.config.train import RunConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.samples import Rollout
 from megatron_bupo.training.run_state import (

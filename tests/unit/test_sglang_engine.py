@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.sglang.repair import EngineError
+from megatron_bupo.rollout.sglang.recovery import EngineError
 from tests.unit.fake_sglang import FAULTS, fail_first
 from tests.unit.sglang_stand_ins import MODEL, PARAMS, StandIns, check_answers, made_stand_ins, some_requests
 

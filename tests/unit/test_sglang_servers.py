@@ -16,11 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.sglang.process import check_server_args, free_port, server_environment
 from megatron_bupo.rollout.sglang.servers import Servers, ServersError
-from megatron_bupo.rollout_config import SGLangConfig
-from tests.unit.test_server_guard import alive, wait_for
+from tests.unit.test_server_supervisor import alive, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="servers are launched on Linux only")
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ SLOW_START = textwrap.dedent(
     from pathlib import Path
     sys.path.insert(0, {str(ROOT)!r})
     from megatron_bupo.rollout.sglang.servers import Servers
-    from megatron_bupo.rollout_config import SGLangConfig
+    from megatron_bupo.config.rollout import SGLangConfig
     config = SGLangConfig(sglang_launch=True, sglang_args="--stub slow")
     Servers.start(config, "m", "fp32", 1, Path(sys.argv[1]), None)
     """

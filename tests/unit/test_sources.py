@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bupo.commands.sources import check_room, sync_method
+from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.sglang.process import check_launch
-from megatron_bupo.rollout_config import SGLangConfig
+from megatron_bupo.rollout.sglang.start import check_room, sync_method
 
 
 @pytest.mark.parametrize(

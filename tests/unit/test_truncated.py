@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.table import WeightTable, table_for
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.training.optimizer import trains
-from megatron_bupo.weights.table import WeightTable, table_for
 from tests.parallel.references import NUM_LAYERS, SPECS, configs, policy_logits, write_model
 
 MODELS = ("qwen3-tied", "qwen2-untied", "llama-untied")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.parallel import unembedding
-from megatron_bupo.parallel.unembedding import expectation, logprob_and_entropy, row_statistics
+from megatron_bupo.ops import unembedding
+from megatron_bupo.ops.unembedding import expectation, logprob_and_entropy, row_statistics
 
 ROWS, HIDDEN, VOCAB, PADDED_VOCAB = 13, 8, 101, 128
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_bupo.cli import parse
 from megatron_bupo.commands import train
-from megatron_bupo.config import TrainConfig
+from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.stop_bounds import StopBound
+from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.samples import Rollout
-from megatron_bupo.stop_bounds import StopBound
-from megatron_bupo.tracking import Tracker
+from megatron_bupo.training.tracker import Tracker
 from megatron_bupo.training.watch import PhaseNumbers, PhaseWatch
 
 FIRST = PhaseNumbers(step=5, entropy_full=1.5, response_len_mean=200.0, accuracy=0.5)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_bupo.architectures.table import table_for
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.weight_sync.calls import SyncError, buckets
-from megatron_bupo.rollout.weight_sync.checks import ExpectedWeights
-from megatron_bupo.rollout.weight_sync.distributed import local_address
-from megatron_bupo.rollout.weight_sync.sync import WeightSync
-from megatron_bupo.rollout.weight_sync.tensor import serialize
-from megatron_bupo.weights.table import table_for
+from megatron_bupo.rollout.sglang.weight_sync.calls import SyncError, buckets
+from megatron_bupo.rollout.sglang.weight_sync.checks import ExpectedWeights
+from megatron_bupo.rollout.sglang.weight_sync.distributed import local_address
+from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
+from megatron_bupo.rollout.sglang.weight_sync.tensor import serialize
 from tests.unit.tiny_hf import hf_state, save_tiny
 from tests.unit.weight_sync_fakes import LOGPROBS, VOCAB, FakeModel, FakeServer
 

@@ -12,11 +12,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.table import table_for
 from megatron_bupo.errors import UsageError
-from megatron_bupo.model.architecture import Architecture
 from megatron_bupo.weights.hf_files import HFWeights
 from megatron_bupo.weights.sharding import global_name, global_named_parameters, hf_tensors, load_hf
-from megatron_bupo.weights.table import table_for
 from tests.unit.tiny_hf import FAMILIES, hf_state, save_tiny, tiny_model
 
 TP_SIZES = (1, 2, 4)

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
 
 FAMILIES = ("qwen3", "qwen2", "llama")
 _CLASSES = {

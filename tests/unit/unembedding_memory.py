@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bupo.parallel.unembedding import logprob_and_entropy
+from megatron_bupo.ops.unembedding import logprob_and_entropy
 
 HIDDEN, VOCAB = 64, 151_936
 

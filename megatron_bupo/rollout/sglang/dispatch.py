@@ -29,11 +29,12 @@ from typing import Any
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import Generation, GenerationRequest, SamplingParams
 from megatron_bupo.rollout.sglang.client import ServerError
-from megatron_bupo.rollout.sglang.lanes import Job, Lane, Limits, next_share
-from megatron_bupo.rollout.sglang.repair import Ailment, EngineError, Repairs, in_thread
+from megatron_bupo.rollout.sglang.recovery import Ailment, EngineError, Repairs, in_thread
 from megatron_bupo.rollout.sglang.requests import BadAnswer, generate_body, name_of, read_answer, sampling_seeds
-from megatron_bupo.rollout.sglang.servers import Endpoint, ServersError, Worker
-from megatron_bupo.rollout.weight_sync.calls import SyncError
+from megatron_bupo.rollout.sglang.scheduling import Job, Lane, Limits, next_share
+from megatron_bupo.rollout.sglang.servers import ServersError
+from megatron_bupo.rollout.sglang.weight_sync.calls import SyncError
+from megatron_bupo.rollout.sglang.worker import Endpoint, Worker
 
 STRIKES = 3
 """Failures in a row, with no response between them, after which a lane that seems healthy counts as dead."""

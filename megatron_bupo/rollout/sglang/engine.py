@@ -29,11 +29,12 @@ from megatron_bupo.rollout.engine import (
     TrainedModel,
 )
 from megatron_bupo.rollout.sglang.dispatch import Batch
-from megatron_bupo.rollout.sglang.lanes import Limits
-from megatron_bupo.rollout.sglang.repair import EngineError, Repairs, in_thread
-from megatron_bupo.rollout.sglang.servers import Servers, Worker
-from megatron_bupo.rollout.weight_sync.calls import SyncError
-from megatron_bupo.rollout.weight_sync.sync import WeightSync
+from megatron_bupo.rollout.sglang.recovery import EngineError, Repairs, in_thread
+from megatron_bupo.rollout.sglang.scheduling import Limits
+from megatron_bupo.rollout.sglang.servers import Servers
+from megatron_bupo.rollout.sglang.weight_sync.calls import SyncError
+from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
+from megatron_bupo.rollout.sglang.worker import Worker
 
 UPDATES = 3
 """How often the weights are sent before the run ends. What a server cost that was given up does not count."""

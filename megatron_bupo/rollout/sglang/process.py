@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout_config import SGLangConfig
 
 GRACE_S = 15.0
 """Seconds from TERM to KILL; sglang takes about 6 to end by itself."""
@@ -28,7 +28,7 @@ GRACE_S = 15.0
 API_KEY_VARIABLE = "SGLANG_API_KEY"
 # Of a Python traceback.
 _ERROR_LINE = re.compile(r"([\w.]+(Error|Exception)|error)\b:?")
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD = Path(__file__).with_name("supervisor.py")
 # What the run decides; given in --sglang-args it would be overruled without a word.
 _OWNED_FLAGS = (
     "--model-path", "--host", "--port", "--dtype", "--api-key", "--admin-api-key", "--weight-version", "--random-seed",

@@ -18,11 +18,12 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.sglang.client import SGLangClient, http_library
 from megatron_bupo.rollout.sglang.process import API_KEY_VARIABLE, Launcher, ServerProcess, check_launch
-from megatron_bupo.rollout.sglang.ready import POLL_S, NotReady, PortTaken, ServerInfo, Wait
-from megatron_bupo.rollout_config import SGLangConfig
+from megatron_bupo.rollout.sglang.startup import POLL_S, NotReady, PortTaken, ServerInfo, Wait
+from megatron_bupo.rollout.sglang.worker import Endpoint, Worker
 
 PORT_ATTEMPTS = 3
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -30,39 +31,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 class ServersError(RuntimeError):
     """A server is gone for good: the budget of restarts, or the time to come back, is spent."""
-
-
-class Worker:
-    """One SGLang server.
-
-    Attributes:
-        client: replaced when an owned server is started again, on another port.
-        process: None for a server that the run did not launch.
-        version: of the weights that it was last given and found to hold; None: unknown, it must not serve.
-        checked: names, checksums and log-probs were compared since this server process was first seen.
-        info: of this server process.
-        index: n of server_n, for a launched one.
-    """
-
-    def __init__(self, client: SGLangClient, info: ServerInfo, process: ServerProcess | None, index: int = 0) -> None:
-        self.client, self.info, self.process, self.index = client, info, process, index
-        self.version: str | None = None
-        self.checked = False
-
-    @property
-    def name(self) -> str:
-        return self.client.url if self.process is None else f"server_{self.index} ({self.client.url})"
-
-
-class Endpoint:
-    """Where requests are sent: a server itself, or a router with its workers behind it."""
-
-    def __init__(self, workers: list[Worker], router: SGLangClient | None = None) -> None:
-        self.workers, self.router = workers, router
-
-    @property
-    def client(self) -> SGLangClient:
-        return self.router or self.workers[0].client
 
 
 class Servers:

@@ -18,8 +18,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_bupo.rollout.sglang.servers import Servers, Worker
-from megatron_bupo.rollout_config import SGLangConfig
+from megatron_bupo.config.rollout import SGLangConfig
+from megatron_bupo.rollout.sglang.servers import Servers
+from megatron_bupo.rollout.sglang.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU_FLAGS = (

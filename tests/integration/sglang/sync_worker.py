@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_bupo.cli import parse
-from megatron_bupo.command_config import ScoreConfig
-from megatron_bupo.model.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.commands import ScoreConfig
+from megatron_bupo.config.rollout import SGLangConfig
+from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
-from megatron_bupo.rollout.lead import LedModel, on_first_rank
+from megatron_bupo.rollout.led_model import LedModel
 from megatron_bupo.rollout.sglang.client import SGLangClient
-from megatron_bupo.rollout.sglang.servers import Servers, Worker
-from megatron_bupo.rollout.weight_sync.sync import WeightSync
-from megatron_bupo.rollout_config import SGLangConfig
+from megatron_bupo.rollout.sglang.servers import Servers
+from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
+from megatron_bupo.rollout.sglang.worker import Worker
 from megatron_bupo.weights.hf_files import HFWeights
 from tests.unit.weight_sync_fakes import server_checksums
 
@@ -43,7 +45,7 @@ def train_and_push(
     """On all ranks; `workers` on the first one. What is wrong after it, and the figures printed."""
     for _, parameter in model.named_parameters():
         change(parameter)
-    from megatron_bupo.evaluation import ModelForEngine
+    from megatron_bupo.model.scoring import ModelForEngine
 
     led = LedModel(ModelForEngine(model, max_tokens=64), state)
     for worker in workers:

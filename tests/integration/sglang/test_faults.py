@@ -12,7 +12,8 @@ import pytest
 
 from megatron_bupo.rollout.engine import Generation, SamplingParams, make_requests
 from megatron_bupo.rollout.sglang.engine import SGLangEngine
-from megatron_bupo.rollout.sglang.servers import Servers, Worker
+from megatron_bupo.rollout.sglang.servers import Servers
+from megatron_bupo.rollout.sglang.worker import Worker
 from tests.integration.sglang.conftest import START_TIMEOUT_S, server_processes
 from tests.integration.sglang.test_generation import HFModel, assert_matches, make_engine, make_prompts
 

@@ -16,7 +16,7 @@ from megatron_bupo.rollout.engine import Generation, GenerationRequest, Sampling
 from megatron_bupo.rollout.sampling import keep_nucleus
 from megatron_bupo.rollout.sglang.engine import SGLangEngine
 from megatron_bupo.rollout.sglang.servers import Servers
-from megatron_bupo.rollout.weight_sync.sync import WeightSync
+from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
 from megatron_bupo.samples import Prompt
 from tests.integration.sglang.conftest import VOCAB_SIZE
 

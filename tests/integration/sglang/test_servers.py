@@ -14,7 +14,8 @@ import pytest
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
-from megatron_bupo.rollout.sglang.servers import Servers, Worker
+from megatron_bupo.rollout.sglang.servers import Servers
+from megatron_bupo.rollout.sglang.worker import Worker
 from tests.integration.sglang.conftest import ROOT, VOCAB_SIZE, launch_config, server_processes
 
 KEY = "s3cret-key"

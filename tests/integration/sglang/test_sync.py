@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_bupo.rollout.sglang.servers import Servers
-from megatron_bupo.rollout.weight_sync.calls import SyncError
-from megatron_bupo.rollout.weight_sync.sync import WeightSync
+from megatron_bupo.rollout.sglang.weight_sync.calls import SyncError
+from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
 from tests.integration.sglang.conftest import VOCAB_SIZE, server_processes
 from tests.integration.sglang.sync_worker import problems_of
 from tests.parallel.launch import LAYOUTS, assert_passed, torchrun

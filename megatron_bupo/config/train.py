@@ -1,0 +1,330 @@
+"""The flags: small frozen dataclasses, grouped by who uses them, so that no argument namespace travels.
+
+Every flag is declared once: its name (the field's, with dashes), default, help text and allowed values. The command
+line (cli.py) is built from these declarations. `check()` refuses values, combinations and paths that cannot be; what
+needs the contents of a file (layers against the model, lines of a rollout file) is checked where that file is read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bupo.config.flags import Group, check_file, check_folder, flag
+from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
+from megatron_bupo.config.stop_bounds import StopBound
+from megatron_bupo.errors import UsageError
+from megatron_bupo.policy_spec import INTERNAL_MODULES
+
+AUTO = "auto"
+GROUPED_ESTIMATORS = ("grpo", "dr-grpo", "rloo")
+DATA_SUFFIXES = (".parquet", ".jsonl")
+
+
+def check_data_files(paths: list[str] | None) -> None:
+    """Raise UsageError unless every one of the files is there and of a kind that is read."""
+    for path in paths or []:
+        if Path(path).suffix not in DATA_SUFFIXES:
+            raise UsageError(f"--prompt-data {path}: must end in .parquet or .jsonl")
+        check_file("prompt_data", path)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Group):
+    """model"""
+
+    hf_model: str = flag("HuggingFace folder: config, tokenizer, safetensors", metavar="DIR")
+    bf16: bool = flag("weights and activations in bfloat16 (fp32 otherwise)", False)
+
+    def check(self) -> None:
+        super().check()
+        if not Path(self.hf_model).is_dir():
+            raise UsageError(f"--hf-model {self.hf_model}: no such folder; give a HuggingFace folder on this machine")
+        if not (Path(self.hf_model) / "config.json").is_file():
+            raise UsageError(f"--hf-model {self.hf_model}: has no config.json; give a HuggingFace folder")
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Group):
+    """parallel layout and recompute"""
+
+    tensor_model_parallel_size: int = flag("ranks that share each weight matrix", 1, low=1)
+    pipeline_model_parallel_size: int = flag("ranks that share the layers", 1, low=1)
+    num_virtual_stages_per_pipeline_rank: int = flag("interleaved stages on each pipeline rank", 1, low=1)
+    sequence_parallel: bool = flag("split the sequence between the tensor-parallel ranks", False)
+    context_parallel_size: int = flag("not supported: only 1", 1, low=1)
+    expert_model_parallel_size: int = flag("not supported: only 1", 1, low=1)
+    recompute_granularity: str | None = flag("activation recompute", None, choices=("full", "selective"))
+    recompute_method: str | None = flag("which layers full recompute covers", None, choices=("uniform", "block"))
+    recompute_num_layers: int | None = flag("layers to a recomputed piece, or to recompute", None, low=1)
+
+    def check(self) -> None:
+        super().check()
+        for kind, size in (("context", self.context_parallel_size), ("expert", self.expert_model_parallel_size)):
+            if size > 1:
+                name = "--context-parallel-size" if kind == "context" else "--expert-model-parallel-size"
+                raise UsageError(f"{name} {size}: {kind} parallelism is not supported; leave it at 1")
+        virtual = self.num_virtual_stages_per_pipeline_rank
+        if virtual > 1 and self.pipeline_model_parallel_size == 1:
+            raise UsageError(
+                f"--num-virtual-stages-per-pipeline-rank {virtual}: needs --pipeline-model-parallel-size 2 or more"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UsageError("--sequence-parallel: needs --tensor-model-parallel-size 2 or more")
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        method, layers = self.recompute_method, self.recompute_num_layers
+        if self.recompute_granularity == "full":
+            if method is None or layers is None:
+                raise UsageError("--recompute-granularity full: needs --recompute-method and --recompute-num-layers")
+        elif method is not None or layers is not None:
+            given = f"--recompute-method {method}" if method else f"--recompute-num-layers {layers}"
+            raise UsageError(f"{given}: goes only with --recompute-granularity full")
+
+
+def check_world(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise UsageError unless the launched processes make whole replicas of the model."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    replica = tensor * pipeline
+    if world_size % replica:
+        raise UsageError(
+            f"{world_size} process(es) for --tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size "
+            f"{pipeline}: start a multiple of {replica}, as with torchrun --nproc-per-node {replica}"
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Group):
+    """optimizer (AdamW)"""
+
+    lr: float = flag("learning rate", 1e-6, low=0)
+    min_lr: float = flag("the rate that a decay ends at", 0.0, low=0)
+    lr_decay_style: str = flag("after the warm-up", "constant", choices=("constant", "linear", "cosine"))
+    lr_warmup_iters: int = flag("steps of linear warm-up", 0, low=0)
+    weight_decay: float = flag("of matrices; norms and biases have none", 0.01, low=0)
+    clip_grad: float = flag("largest gradient norm; 0 = no clipping", 1.0, low=0)
+    adam_beta1: float = flag("decay of the first moment", 0.9, low=0, below=1)
+    adam_beta2: float = flag("decay of the second moment", 0.999, low=0, below=1)
+    adam_eps: float = flag("added to the root of the second moment", 1e-8, above=0)
+    use_distributed_optimizer: bool = flag("split masters and moments between data-parallel ranks", False)
+
+    def check(self) -> None:
+        super().check()
+        if self.min_lr > self.lr:
+            raise UsageError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(Group):
+    """steps and phases"""
+
+    train_iters: int = flag("steps; a step is one rollout batch", low=1)
+    internal_layer: str | None = flag(
+        "phase 1 trains the policy of this layer, from 1; auto measures the first rollouts and chooses",
+        None,
+        metavar="L|auto",
+    )
+    internal_steps: int = flag("steps of phase 1; 0 is plain GRPO", 0, low=0)
+    internal_module: str = flag("which output of that layer", "layer", choices=INTERNAL_MODULES)
+    policy_schedule: str | None = flag("the general form: SPECxN,... as in layer:6x30,full", None, metavar="TEXT")
+    internal_policy_norm: str = flag("norm before an internal unembedding", "none", choices=("none", "final"))
+    internal_stop: list[str] | None = flag(
+        "end an internal phase when one is crossed: kl:X nats above, entropy:X nats away from, length:X times or 1/X "
+        "of, accuracy:X below where the phase began",
+        None,
+        metavar="NAME:X",
+    )
+
+    def check(self) -> None:
+        super().check()
+        layer = self.internal_layer
+        if layer is not None and layer != AUTO and not re.fullmatch(r"[1-9]\d{0,5}", layer, re.ASCII):
+            raise UsageError(f"--internal-layer {layer}: must be the number of a layer, from 1, or {AUTO}")
+        if layer == AUTO and self.internal_steps == 0:
+            raise UsageError(f"--internal-layer {AUTO}: chooses the layer of phase 1; give --internal-steps as well")
+        names = [bound.name for bound in self.stop_bounds]
+        if len(set(names)) < len(names):
+            raise UsageError(f"--internal-stop {' '.join(self.internal_stop or [])}: give each name once")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the layer of phase 1 is still to be chosen."""
+        return self.internal_layer == AUTO
+
+    @property
+    def layer(self) -> int | None:
+        """The layer of phase 1, once it is known."""
+        assert not self.is_auto, "the layer is not chosen yet"
+        return None if self.internal_layer is None else int(self.internal_layer)
+
+    @property
+    def stop_bounds(self) -> list[StopBound]:
+        """When an internal phase is to end early."""
+        return [StopBound.parse(text) for text in self.internal_stop or []]
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig(Group):
+    """algorithm"""
+
+    advantage_estimator: str = flag("advantages", "grpo", choices=(*GROUPED_ESTIMATORS, "reinforce++"))
+    clip_ratio_low: float = flag("ratios are clipped below 1 minus this", 0.2, low=0, below=1)
+    clip_ratio_high: float = flag("ratios are clipped above 1 plus this", 0.2, low=0)
+    dual_clip: float = flag("bound of the ratio at negative advantages, above 1; 0 = off", 10.0, low=0)
+    loss_aggregation: str = flag("mean over tokens or responses", "token-mean", choices=("token-mean", "seq-mean"))
+    kl_loss_coef: float = flag("weight of the KL to the start model", 0.0, low=0)
+    kl_type: str = flag("estimate of the KL", "k3", choices=("k1", "k2", "k3"))
+    entropy_coef: float = flag("weight of the entropy bonus", 0.0, low=0)
+
+    def check(self) -> None:
+        super().check()
+        if 0 < self.dual_clip <= 1:
+            raise UsageError(f"--dual-clip {self.dual_clip}: must be greater than 1, or 0 to switch it off")
+        if self.advantage_estimator == "dr-grpo" and self.loss_aggregation == "seq-mean":
+            raise UsageError(
+                "--loss-aggregation seq-mean: dr-grpo has an aggregation of its own (a token sum over batch x max "
+                "response length); leave the flag out"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig(Group):
+    """prompts and rewards"""
+
+    prompt_data: list[str] | None = flag("parquet or jsonl files with prompts and answers", None, metavar="FILE")
+    reward: str = flag("math, or FILE.py:function", "math", metavar="REWARD")
+    reward_timeout: float = flag("seconds to judge one response", 10.0, above=0)
+    reward_workers: int = flag("processes that judge responses", 1, low=1)
+    rollout_max_prompt_len: int = flag("tokens; longer prompts are dropped", 1024, low=1)
+
+    def check(self) -> None:
+        super().check()
+        check_data_files(self.prompt_data)
+        if self.reward != "math":
+            file, colon, function = self.reward.rpartition(":")
+            if not colon or not file.endswith(".py") or not function.isidentifier():
+                raise UsageError(f"--reward {self.reward}: must be math or FILE.py:function")
+            if not Path(file).is_file():
+                raise UsageError(f"--reward {self.reward}: the file {file} is not there; give an existing file")
+
+
+@dataclass(frozen=True)
+class BatchConfig(Group):
+    """batches"""
+
+    global_batch_size: int | None = flag("responses per optimizer step (default: the whole step)", None, low=1)
+    max_tokens_per_micro_batch: int = flag("responses are packed to this; a longer one travels alone", 16384, low=1)
+    entropy_flow_responses: int = flag("responses of a step whose entropy flow is measured", 64, low=1)
+    monitor_responses: int = flag(
+        "responses whose full policy is watched in an internal phase, now and at its start; 0 = off", 64, low=0
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(Group):
+    """run"""
+
+    save: str | None = flag("the run's folder: run.json, metrics.jsonl", None, metavar="DIR")
+    save_hf: str | None = flag("HuggingFace export at the end, in the training dtype", None, metavar="DIR")
+    save_interval: int | None = flag("steps between checkpoints; the last step has one too", None, low=1)
+    keep: int | None = flag("how many of the newest checkpoints stay (default: all)", None, low=1)
+    load: str | None = flag("go on from a run's folder, or start from a converted checkpoint", None, metavar="DIR")
+    allow_changed_run: bool = flag("go on under --load although data, model, schedule or seed changed", False)
+    tensorboard_dir: str | None = flag("TensorBoard's files (default: under --save)", None, metavar="DIR")
+    entropy_flow_interval: int | None = flag("steps between measurements of the entropy flow", None, low=1)
+    seed: int = flag("of the run: order of prompts, sampling", 1234, low=0, below=2**32)
+    dry_run: bool = flag("print the resolved run and exit", False)
+
+    def check(self) -> None:
+        super().check()
+        if self.save_interval is not None and self.save is None:
+            raise UsageError(f"--save-interval {self.save_interval}: checkpoints lie under --save DIR; give one")
+        if self.keep is not None and self.save_interval is None:
+            raise UsageError(f"--keep {self.keep}: goes only with --save-interval")
+        if self.allow_changed_run and self.load is None:
+            raise UsageError("--allow-changed-run: goes only with --load DIR")
+        if self.entropy_flow_interval is not None and self.save is None and self.tensorboard_dir is None:
+            raise UsageError(
+                f"--entropy-flow-interval {self.entropy_flow_interval}: goes to --save DIR or --tensorboard-dir DIR; "
+                "give one"
+            )
+        check_folder("save", self.save, taken=None if self.continues else "metrics.jsonl")
+        check_folder("save_hf", self.save_hf, taken="config.json")
+        check_folder("tensorboard_dir", self.tensorboard_dir)
+
+    @property
+    def continues(self) -> bool:
+        """Whether --load and --save name one folder: the run goes on where it stopped, or starts if it never did."""
+        return None not in (self.load, self.save) and Path(str(self.load)).resolve() == Path(str(self.save)).resolve()
+
+
+@dataclass(frozen=True)
+class TrainConfig(Group):
+    """What `train` needs, by who uses it."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    algorithm: AlgorithmConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    sglang: SGLangConfig
+    batch: BatchConfig
+    run: RunConfig
+
+    def check(self) -> None:
+        super().check()
+        # A run that goes on writes the rollouts of its last steps again.
+        taken = None if self.run.continues else "step_000001.jsonl"
+        check_folder("save_rollouts", self.rollout.save_rollouts, taken=taken)
+        self.sglang.check_engine(self.rollout.rollout_engine, self.run.save)
+        self._check_source()
+        self._check_sizes()
+        self._check_stop()
+
+    def _check_source(self) -> None:
+        prompts, replay = self.data.prompt_data, self.rollout.load_rollouts
+        if prompts and replay:
+            raise UsageError(
+                f"--prompt-data {prompts[0]} and --load-rollouts {replay}: a replay needs no prompts; give one of them"
+            )
+        if not prompts and not replay:
+            raise UsageError("nothing to train on: give --prompt-data FILE... or --load-rollouts DIR")
+        saved = self.rollout.save_rollouts
+        if replay and saved and Path(replay).resolve() == Path(saved).resolve():
+            raise UsageError(f"--save-rollouts {saved}: is the folder that is replayed; choose another folder")
+
+    def _check_sizes(self) -> None:
+        samples, prompts = self.rollout.n_samples_per_prompt, self.rollout.rollout_batch_size
+        estimator = self.algorithm.advantage_estimator
+        if estimator in GROUPED_ESTIMATORS and samples < 2:
+            raise UsageError(
+                f"--n-samples-per-prompt {samples}: {estimator} compares the responses to a prompt; give 2 or more, "
+                "or --advantage-estimator reinforce++"
+            )
+        responses = prompts * samples
+        if responses < 2:
+            raise UsageError(f"--rollout-batch-size 1: {estimator} compares the responses of a step; give 2 or more")
+        if self.batch.global_batch_size and responses % self.batch.global_batch_size:
+            raise UsageError(
+                f"--global-batch-size {self.batch.global_batch_size}: must divide the {responses} responses of a step "
+                f"(--rollout-batch-size {prompts} x --n-samples-per-prompt {samples})"
+            )
+        warmup, steps = self.optimizer.lr_warmup_iters, self.schedule.train_iters
+        if warmup > steps:
+            raise UsageError(f"--lr-warmup-iters {warmup}: must be at most --train-iters {steps}")
+
+    def _check_stop(self) -> None:
+        """Whether a --policy-schedule has a phase to end is seen when it is read."""
+        schedule = self.schedule
+        if schedule.internal_stop and self.batch.monitor_responses == 0:
+            raise UsageError("--internal-stop with --monitor-responses 0: the watch is off; give 1 response or more")
+        without = schedule.policy_schedule is None and not 0 < schedule.internal_steps < schedule.train_iters
+        if schedule.internal_stop and without:
+            raise UsageError(
+                f"--internal-stop with --internal-steps {schedule.internal_steps}: there must be an internal phase and "
+                f"full steps after it; give 1 step or more, and fewer than --train-iters {schedule.train_iters}"
+            )

@@ -1,0 +1,183 @@
+"""HuggingFace folder -> distributed checkpoint, and back: streams of parameters, in one process or in many.
+
+At no time is more in memory than a few parameters: the source is mapped two files at a time, and both formats are
+written in place, piece by piece. Under torchrun the ranks share the work; rank 0 makes the folder beside the output,
+and gives it the output's name when all are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.conversion.stored_model import (
+    Parameter,
+    StoredModel,
+    StoredPiece,
+    finish_folder,
+    stored_dtypes,
+    stored_key,
+    write_pieces,
+)
+from megatron_bupo.conversion.workers import Ranks, in_threads
+from megatron_bupo.weights.checkpoint_tree import (
+    HF,
+    RELEASE,
+    TRACKER,
+    Checkpoint,
+    check_checkpoint_output,
+    find_checkpoint,
+    partial_folder,
+    written_beside,
+)
+from megatron_bupo.weights.hf_files import HFWeights, check_output, copy_companions, write_config
+from megatron_bupo.weights.shard_files import ShardFiles, write_index
+from megatron_bupo.weights.tensor_map import TensorMap, write_hf_side
+
+
+def hf_to_megatron(
+    hf_model: str | Path, output: str | Path, parallel: ParallelConfig, ranks: Ranks, force: bool = False
+) -> int:
+    """Write CKPT from a HuggingFace folder. The layout only says which rank writes what; any other loads it.
+
+    Returns:
+        The number of bytes of the stored tensors.
+
+    Raises:
+        UsageError: on every rank, whatever is wrong with the folder, its tensors, the layout or the output.
+    """
+    arch = Architecture.from_hf(hf_model)
+    check_layout(arch, parallel)
+    table, weights = table_for(arch), HFWeights(hf_model)
+    weights.check(table)
+    slot = ranks.slot(parallel)
+    ranks.first(lambda: check_checkpoint_output(output, force))
+    dtypes = stored_dtypes(weights, table)
+    total = sum(
+        dtypes[stored_key(mapping)].itemsize * torch.Size(shape).numel()
+        for mapping, _ in table
+        if mapping.export
+        for shape in mapping.layout.hf_shapes(arch)
+    )
+    partial = partial_folder(output)
+    folder = partial / RELEASE
+
+    def write(done: Callable[[int], None]) -> list[StoredPiece]:
+        if slot is None:
+            return []
+
+        def one_file(worker: int, parameters: Iterator[Parameter]) -> list[StoredPiece]:
+            path = folder / f"__{ranks.rank}_{worker}.distcp"
+            return write_pieces(path, parameters, weights, arch, slot, dtypes, done)
+
+        return [piece for pieces in in_threads(slot.parameters(table), one_file) for piece in pieces]
+
+    def finish() -> None:
+        write_hf_side(hf_model, partial / HF, table, weights)
+        finish_folder(folder, table, pieces, dtypes)
+        (partial / TRACKER).write_text(RELEASE)
+
+    with written_beside(output) if ranks.rank == 0 else nullcontext():
+        ranks.first(folder.mkdir)
+        with ranks.progress("writing", total) as done:
+            pieces = [piece for part in ranks.everywhere(lambda: write(done)) for piece in part]
+        ranks.first(finish)
+    return total
+
+
+def megatron_to_hf(
+    checkpoint: str | Path, output: str | Path, ranks: Ranks, dtype: torch.dtype | None = None, force: bool = False
+) -> int:
+    """Write a HuggingFace folder from CKPT or a training run's SAVE.
+
+    What a converter wrote goes out in the source's dtypes and files, tensor for tensor; what was trained in the dtype
+    of its training; `dtype` overrides both.
+
+    Returns:
+        The number of bytes of the written tensors.
+
+    Raises:
+        UsageError: on every rank, whatever is wrong with the checkpoint, its tensors or the output.
+    """
+    found = find_checkpoint(checkpoint)
+    stored = StoredModel(found.folder, table_for(Architecture.from_hf(found.hf)))
+    source = TensorMap.read(found.hf, stored.table)
+    target = _target(source, stored, found, dtype)
+
+    def companions(folder: Path) -> None:
+        if target is source:
+            (folder / "config.json").write_bytes((found.hf / "config.json").read_bytes())
+        else:
+            write_config(found.hf, folder, max(target.dtypes().values(), key=lambda held: held.itemsize))
+        copy_companions(found.hf, folder)
+
+    return write_hf(stored, target, output, companions, ranks, force)
+
+
+def _target(source: TensorMap | None, stored: StoredModel, found: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
+    """Names, dtypes and files of an export; `source` itself where it is exact."""
+    dtypes = stored.hf_dtypes()
+    if source is None:
+        shapes = stored.table.hf_shapes()
+        wanted = {name: dtype or dtypes[name] for name in shapes}
+        return TensorMap.sharded((name, shape, wanted[name]) for name, shape in shapes.items())
+    if dtype is None and found.converted:
+        return source
+    return source.with_dtypes({name: dtype or dtypes[name] for name in source.dtypes()})
+
+
+def write_hf(
+    stored: StoredModel,
+    target: TensorMap,
+    output: str | Path,
+    companions: Callable[[Path], None],
+    ranks: Ranks,
+    force: bool = False,
+) -> int:
+    """Write the tensors of `target` from a stored model; `companions(folder)` writes what lies beside them, last.
+
+    Returns and raises as `megatron_to_hf`.
+    """
+    ranks.first(lambda: check_output(output, force))
+    names = set(target.dtypes())
+    doubled = ["lm_head.weight"] if stored.table.arch.tied and "lm_head.weight" in names else []
+    parameters = [
+        (mapping, layer)
+        for mapping, layer in stored.table
+        if mapping.export and names.intersection(mapping.hf_names(layer))
+    ]
+    partial = partial_folder(output)
+
+    def write(done: Callable[[int], None]) -> None:
+        files = ShardFiles(partial, target, create=False)
+
+        def some(worker: int, parameters: Iterator[Parameter]) -> None:
+            for mapping, layer in parameters:
+                for name, tensor in zip(mapping.hf_names(layer), stored.hf_tensors(mapping, layer), strict=True):
+                    done(files.write(name, tensor))
+                    if name == "model.embed_tokens.weight":
+                        for copy in doubled:
+                            done(files.write(copy, tensor))
+
+        try:
+            in_threads(parameters[ranks.rank :: ranks.world_size], some, both_ends=True)
+        finally:
+            files.close()
+
+    def finish() -> None:
+        write_index(partial, target)
+        companions(partial)
+
+    total = sum(entry.nbytes for entry in target.tensors)
+    with written_beside(output) if ranks.rank == 0 else nullcontext():
+        ranks.first(lambda: ShardFiles(partial, target, create=True).close())
+        with ranks.progress("writing", total) as done:
+            ranks.everywhere(lambda: write(done))
+        ranks.first(finish)
+    return total

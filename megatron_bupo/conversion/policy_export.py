@@ -1,0 +1,142 @@
+"""An internal policy as a HuggingFace model of its own: the layers up to l, the unembedding, a small modeling file.
+
+The folder needs trust_remote_code: without it a stock class would load the same weights and put the final norm back in.
+Its own model type sees to it that transformers refuses instead.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from string import Template
+
+import torch
+
+from megatron_bupo.architectures.architecture import FAMILIES, Architecture
+from megatron_bupo.architectures.llama import FINAL_NORM
+from megatron_bupo.architectures.table import WeightTable, table_for
+from megatron_bupo.conversion.convert import write_hf
+from megatron_bupo.conversion.stored_model import StoredModel
+from megatron_bupo.conversion.workers import Ranks
+from megatron_bupo.errors import UsageError
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.weights.checkpoint_tree import find_checkpoint
+from megatron_bupo.weights.hf_files import copy_companions, write_config
+from megatron_bupo.weights.tensor_map import TensorMap
+
+MODEL_TYPE, MODULE = "internal_policy", "modeling_internal_policy"
+_MODELING = Template('''"""The internal policy $policy of a $family model: softmax of $formula.
+
+Written by megatron_bupo. Load it with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
+"""
+
+from torch import nn
+from transformers import $config, $model
+
+
+class InternalPolicyConfig($config):
+    model_type = "$model_type"
+
+
+class InternalPolicyForCausalLM($model):
+    """The layers up to the policy's; its state goes to the unembedding$norm_words."""
+
+    config_class = InternalPolicyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        module = config.internal_policy.partition(":")[0]
+        if not config.internal_policy.endswith("@norm"):
+            self.model.norm = nn.Identity()
+        if module != "layer":
+            last = self.model.layers[-1]
+            part = last.self_attn if module == "attn" else last.mlp
+            part.register_forward_hook(self._keep)
+            last.register_forward_hook(self._replace)
+
+    def _keep(self, part, inputs, output):
+        self._kept = output[0] if isinstance(output, tuple) else output
+
+    def _replace(self, layer, inputs, output):
+        """The module's output in place of the layer's, without the residual stream."""
+        kept, self._kept = self._kept, None
+        return (kept, *output[1:]) if isinstance(output, tuple) else kept
+''')
+_STATES = {"layer": "H", "attn": "A", "ffn": "F"}
+
+
+def export_policy(
+    checkpoint: str | Path,
+    output: str | Path,
+    policy: str,
+    ranks: Ranks,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> int:
+    """Write a HuggingFace folder whose logits are those of `policy` (layer:6: H_6 W^T); the bytes of its tensors.
+
+    Raises:
+        UsageError: as `megatron_to_hf`; a policy that is none, or the full one, or above the last layer.
+    """
+    spec = PolicySpec.parse(policy)
+    if spec.is_full:
+        raise UsageError("--policy full: is the whole model; leave the flag out")
+    found = find_checkpoint(checkpoint)
+    arch = Architecture.from_hf(found.hf)
+    spec.check(arch.num_layers)
+    stored = StoredModel(found.folder, table_for(arch))
+    source = TensorMap.read(found.hf, stored.table)
+    dtypes = stored.hf_dtypes() | (source.dtypes() if source is not None and found.converted else {})
+    names = _names(stored.table, spec)
+    shapes = stored.table.hf_shapes()
+    target = TensorMap.sharded((name, shapes[name], dtype or dtypes[name]) for name in names)
+
+    def companions(folder: Path) -> None:
+        (folder / f"{MODULE}.py").write_text(modeling_file(arch.family, spec), encoding="utf-8")
+        copy_companions(found.hf, folder)
+        widest = max(target.dtypes().values(), key=lambda held: held.itemsize)
+        write_config(found.hf, folder, widest, **_config_changes(found.hf, spec))
+
+    return write_hf(stored, target, output, companions, ranks, force)
+
+
+def modeling_file(family: str, spec: PolicySpec) -> str:
+    """The source text of the exported folder's modeling file."""
+    model = FAMILIES[family]
+    state = f"{_STATES[spec.module]}_{spec.layer}"
+    return _MODELING.substitute(
+        policy=spec,
+        family=family,
+        formula=f"norm({state}) W^T" if spec.norm else f"{state} W^T",
+        model=model,
+        config=model.replace("ForCausalLM", "Config"),
+        model_type=MODEL_TYPE,
+        norm_words=", through the final norm" if spec.norm else " as it is",
+    )
+
+
+def _names(table: WeightTable, spec: PolicySpec) -> list[str]:
+    """The tensors that the policy needs, in the order of the network."""
+    assert spec.layer is not None
+    kept: dict[str, None] = {}
+    for mapping, layer in table:
+        if (layer is None and (mapping is not FINAL_NORM or spec.norm)) or (layer is not None and layer < spec.layer):
+            kept.update(dict.fromkeys(mapping.hf_names(layer)))
+    return list(kept)
+
+
+def _config_changes(hf: Path, spec: PolicySpec) -> dict[str, object]:
+    config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
+    changes: dict[str, object] = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["InternalPolicyForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{MODULE}.InternalPolicyConfig",
+            "AutoModelForCausalLM": f"{MODULE}.InternalPolicyForCausalLM",
+        },
+        "num_hidden_layers": spec.layer,
+        "internal_policy": str(spec),
+    }
+    if isinstance(config.get("layer_types"), list):
+        changes["layer_types"] = config["layer_types"][: spec.layer]
+    return changes

@@ -1,0 +1,118 @@
+"""The processes and threads that convert weights together; no process group of megatron-core is needed for that."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_bupo.config.train import ParallelConfig, check_world
+from megatron_bupo.conversion.stored_model import Slot
+from megatron_bupo.errors import UsageError
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+_WORKERS = 2  # one waits for the disk while the other checks and copies
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that torchrun started, or one alone."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def everywhere(self, work: Callable[[], Result]) -> list[Result]:
+        """What `work` gives on every rank, on every rank; what one of them finds wrong, all raise. A barrier."""
+        outcome: Result | UsageError
+        try:
+            outcome = work()
+        except UsageError as error:
+            outcome = error
+        except OSError as error:
+            outcome = UsageError(f"{error.filename or 'the output'} cannot be written: {error.strerror or error}")
+        outcomes: list[Result | UsageError] = [outcome] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(outcomes, outcome)
+        results: list[Result] = []
+        for one in outcomes:
+            if isinstance(one, UsageError):
+                raise one
+            results.append(one)
+        return results
+
+    def first(self, work: Callable[[], object]) -> None:
+        """`work` on rank 0; what it finds wrong, all ranks raise. A barrier."""
+        self.everywhere(work if self.rank == 0 else lambda: None)
+
+    def slot(self, parallel: ParallelConfig) -> Slot | None:
+        """This rank's place in megatron-core's order (TP, DP, PP); None where another replica does the same."""
+        check_world(parallel, self.world_size)
+        tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        replicas = self.world_size // (tensor * pipeline)
+        if self.rank // tensor % replicas:
+            return None
+        stage = self.rank // (tensor * replicas)
+        return Slot(self.rank % tensor, tensor, stage, pipeline, parallel.num_virtual_stages_per_pipeline_rank)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar over this rank's share of `total` bytes, on rank 0 and where there is a terminal."""
+        share = total // self.world_size
+        hidden = True if self.rank else None
+        with tqdm(desc=what, total=share, unit="B", unit_scale=True, disable=hidden, mininterval=0.5) as bar:
+            yield bar.update
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """torch.distributed for the processes that torchrun started; nothing for one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def in_threads(
+    items: Sequence[Item], work: Callable[[int, Iterator[Item]], Result], both_ends: bool = False
+) -> list[Result]:
+    """`work(number of the worker, the items it gets)` in two threads, which take the items in order as they can.
+
+    With `both_ends` the second starts from the end: where the items lie in files in their order, the two do not write
+    to the same one, which only one at a time can. The first error ends the other at its next item, and is raised.
+    """
+    left = deque(items)
+
+    def taken(worker: int) -> Iterator[Item]:
+        take = left.pop if both_ends and worker else left.popleft
+        while True:
+            try:
+                yield take()
+            except IndexError:
+                return
+
+    def run(worker: int) -> Result:
+        try:
+            return work(worker, taken(worker))
+        except BaseException:
+            left.clear()
+            raise
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        futures = [pool.submit(run, worker) for worker in range(_WORKERS)]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:  # Ctrl-C reaches this thread only
+            left.clear()
+            raise

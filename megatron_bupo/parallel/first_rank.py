@@ -1,0 +1,40 @@
+"""Work that one process does, and whose end all of them must hear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_bupo.errors import UsageError
+from megatron_bupo.parallel.setup import ParallelState
+
+_Answer = TypeVar("_Answer")
+
+
+class FirstRankFailed(RuntimeError):
+    """What the first rank failed with, told to the others: its message."""
+
+
+def on_first_rank(state: ParallelState, work: Callable[[], _Answer]) -> _Answer:
+    """What `work` returns on the first rank, on every rank. Collective; an error of it is raised everywhere.
+
+    A UsageError stays one; any other is itself on the first rank and a FirstRankFailed elsewhere.
+    """
+    outcome: list[Any] = [None, None]
+    error: Exception | None = None
+    if state.rank == 0:
+        try:
+            outcome[0] = work()
+        except Exception as raised:  # told to every rank: they would wait for ever
+            error = raised
+            message = f"{type(raised).__name__}: {raised}"
+            outcome[1] = UsageError(str(raised)) if isinstance(raised, UsageError) else FirstRankFailed(message)
+    dist.broadcast_object_list(outcome, src=0, group=state.host_group)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        raise outcome[1]
+    answer: _Answer = outcome[0]
+    return answer

@@ -1,0 +1,122 @@
+"""What every way of weight sync is made of: buckets of tensors, and calls to all servers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from megatron_bupo.rollout.sglang.client import ServerError
+
+if TYPE_CHECKING:
+    from megatron_bupo.rollout.sglang.worker import Worker
+
+SHORT_S = 5.0
+"""Seconds to wait for what tidies up: a server that is alive does it later too."""
+_Answer = TypeVar("_Answer")
+
+
+class SyncError(RuntimeError):
+    """One push of weights failed at a server. The text names server, method and version, bucket and tensors."""
+
+    def __init__(self, worker: Worker, text: str) -> None:
+        super().__init__(text)
+        self.worker = worker
+
+
+@dataclass
+class Bucket:
+    """Tensors that travel together. `number` counts from 1."""
+
+    number: int
+    tensors: list[tuple[str, Tensor]]
+    is_last: bool
+
+    def __str__(self) -> str:
+        names = [name for name, _ in self.tensors]
+        held = names[0] if len(names) == 1 else f"{len(names)} tensors from {names[0]} to {names[-1]}"
+        return f"bucket {self.number} ({held})"
+
+
+def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
+    """The stream cut into pieces of at most `max_bytes`; a larger tensor travels alone.
+
+    A bucket is emptied when the next is asked for: no more than one, and the tensor after it, is ever held.
+    """
+    held: list[tuple[str, Tensor]] = []
+    number, size = 1, 0
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > max_bytes:
+            yield Bucket(number, held, is_last=False)
+            held.clear()
+            number, size = number + 1, 0
+        held.append((name, tensor))
+        size += tensor.nbytes
+    assert held, "no tensor came"
+    yield Bucket(number, held, is_last=True)
+    held.clear()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One push of one version to some servers, and the words that its errors begin with."""
+
+    workers: Sequence[Worker]
+    method: str
+    version: str
+    timeout_s: float
+
+    def label(self, bucket: Bucket) -> str:
+        """The version name that goes with a bucket: the new one belongs to the last.
+
+        Until then the server says that it holds a part, and not the name of weights that it no longer has.
+        """
+        return self.version if bucket.is_last else f"{self.version}-incomplete"
+
+    def on_all(self, doing: str, call: Callable[[Worker], _Answer]) -> list[_Answer]:
+        """`call` for all servers at once, each in a thread. Waits for all; SyncError with the first that failed."""
+        failures: list[tuple[Worker, Exception]] = []
+
+        def watched(worker: Worker) -> _Answer:
+            try:
+                return call(worker)
+            except Exception as error:
+                failures.append((worker, error))
+                raise
+
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            futures = [pool.submit(watched, worker) for worker in self.workers]
+            wait(futures)
+        if failures:
+            (worker, error), *more = failures
+            also = f"; {', '.join(other.name for other, _ in more)} failed too" if more else ""
+            raise self.error(worker, doing, f"{error}{also}") from error
+        return [future.result() for future in futures]
+
+    def post(self, doing: str, path: str, body: Any) -> list[Any]:
+        """One POST to all servers at once. Raises SyncError."""
+        return self.on_all(doing, lambda worker: ask(worker, path, body, self.timeout_s))
+
+    def error(self, worker: Worker, doing: str, what: str) -> SyncError:
+        server = "" if what.startswith(worker.name) else f"{worker.name}: "
+        return SyncError(worker, f"weight sync ({self.method}, version {self.version}), {doing}: {server}{what}")
+
+
+def ask(worker: Worker, path: str, body: Any, timeout_s: float) -> Any:
+    """POST to one server; ServerError also where it answers that it had no success."""
+    answer = worker.client.post(path, body, timeout_s=timeout_s)
+    if isinstance(answer, dict) and answer.get("success") is False:
+        raise ServerError(worker.client.url, path, str(answer.get("message")), 200)
+    return answer
+
+
+def is_answered(worker: Worker, path: str, body: Any, timeout_s: float) -> bool:
+    """Whether a POST that only tidies up was answered at all: there may be nothing to do, or no server any more."""
+    try:
+        ask(worker, path, body, timeout_s)
+    except ServerError as error:
+        return error.status is not None
+    return True

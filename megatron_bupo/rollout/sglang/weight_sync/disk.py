@@ -1,0 +1,63 @@
+"""Weight sync by file: a whole HuggingFace folder that trainer and servers see."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt
+from megatron_bupo.weights.hf_files import write_hf_folder
+
+
+class FolderOnDisk:
+    """POST /update_weights_from_disk. Only the newest version stays in `folder`, until `close`.
+
+    The folder belongs to this run alone: what a killed one left there is removed before the first version is written.
+
+    Raises (from `send`):
+        UsageError: the folder cannot be written.
+    """
+
+    name = "disk"
+    in_session = False
+
+    def __init__(self, folder: Path, hf_model: str, shard_bytes: int) -> None:
+        self._own = folder.absolute()
+        self._hf_model, self._shard_bytes = hf_model, shard_bytes
+        self._newest: Path | None = None
+
+    def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        if self._newest is None and self._own.exists():
+            shutil.rmtree(self._own)
+        target = self._own / re.sub(r"[^\w.-]", "_", f"version-{attempt.version}")
+        stream = iter(tensors)
+        first = next(stream)
+        write_hf_folder(
+            _chain(first, stream), self._hf_model, target, first[1].dtype, self._shard_bytes, force=target.exists()
+        )
+        if self._newest not in (None, target):
+            shutil.rmtree(self._newest)
+        self._newest = target
+        body = {"model_path": str(target), "weight_version": attempt.version, "flush_cache": True}
+        attempt.post(f"all tensors, in {target}", "/update_weights_from_disk", body)
+
+    def abandon(self) -> None:
+        """What was written stays for the next push, which replaces it."""
+
+    def close(self) -> None:
+        if self._newest is not None:
+            shutil.rmtree(self._own)
+        self._newest = None
+
+
+def _chain(first: tuple[str, Tensor], rest: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    dtype: torch.dtype = first[1].dtype
+    yield first
+    for name, tensor in rest:
+        assert tensor.dtype == dtype, f"{name} is {tensor.dtype}: a folder has one dtype, {dtype}"
+        yield name, tensor

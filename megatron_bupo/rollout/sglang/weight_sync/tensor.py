@@ -1,0 +1,62 @@
+"""Weight sync by message: each bucket is pickled once and posted to every server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt, Bucket, ask, buckets
+
+
+class TensorMessages:
+    """POST /update_weights_from_tensor. Works on any server; costs a third more bytes than the weights have."""
+
+    name = "tensor"
+    in_session = True
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self._bucket_bytes = bucket_bytes
+
+    def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        # A message holds one copy for every tensor-parallel rank of the server.
+        copies = max(worker.info.tp_size for worker in attempt.workers)
+        for bucket in buckets(tensors, max(1, self._bucket_bytes // copies)):
+            self._post(attempt, bucket)
+
+    def _post(self, attempt: Attempt, bucket: Bucket) -> None:
+        entry = serialize(bucket.tensors)
+        fixed = {"load_format": None, "flush_cache": False, "weight_version": attempt.label(bucket)}
+        # Encoded once for all servers of a size, not in each one's thread: a message is large.
+        bodies = {
+            size: json.dumps(fixed | {"serialized_named_tensors": [entry] * size}).encode()
+            for size in {worker.info.tp_size for worker in attempt.workers}
+        }
+        attempt.on_all(
+            str(bucket),
+            lambda worker: ask(worker, "/update_weights_from_tensor", bodies[worker.info.tp_size], attempt.timeout_s),
+        )
+
+    def abandon(self) -> None:
+        """Nothing outlives a failed push."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def serialize(tensors: list[tuple[str, Tensor]]) -> str:
+    """base64 of the pickled (name, tensor) list; every tensor on the CPU, with its own bytes and no more.
+
+    Torch's serializer for other processes sends handles instead: between unrelated processes it took the server down.
+    """
+    return base64.b64encode(pickle.dumps([(name, own_bytes(tensor)) for name, tensor in tensors])).decode("ascii")
+
+
+def own_bytes(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous, and not a view of something larger: a pickle holds whole storages."""
+    held = tensor.detach().to("cpu").contiguous()
+    return held if held.untyped_storage().nbytes() == held.nbytes else held.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,90 @@
+"""`train --internal-layer auto`: the layer of phase 1 from the entropy flow of the first rollouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_bupo.analysis.flow_file import FILE_NAME, EntropyFlow, read_flow
+from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.train import TrainConfig
+from megatron_bupo.errors import UsageError
+from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.rollout.source import FirstStepKept
+from megatron_bupo.training.run_state import layer_so_far, newest_checkpoint
+from megatron_bupo.weights.hf_files import HFWeights
+
+# In the run's folder: the flow that the choice was made on.
+CHOICE_FOLDER = "internal_layer"
+
+
+def layer_of_run(config: TrainConfig) -> int | None:
+    """The layer of phase 1: the one given, or for `auto` that of the run which goes on; None if still to be chosen.
+
+    Raises:
+        UsageError: the run which goes on has no internal phase.
+    """
+    if not config.schedule.is_auto:
+        return config.schedule.layer
+    layer = layer_so_far(config.run)
+    if layer is None and config.run.load is not None and newest_checkpoint(config.run.load) is not None:
+        raise UsageError(
+            f"--internal-layer auto: the run in --load {config.run.load} trained no internal layer; choose one "
+            "yourself with --internal-layer L"
+        )
+    return layer
+
+
+def choice_so_far(config: TrainConfig, layer: int | None) -> EntropyFlow | None:
+    """What the run that goes on chose its layer from, where it did and the file is still there.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    if not config.schedule.is_auto or config.run.load is None or layer is None:
+        return None
+    path = Path(config.run.load) / CHOICE_FOLDER / FILE_NAME
+    flow = read_flow(path) if path.is_file() else None
+    return flow if flow is not None and flow.suggested_layer == layer else None
+
+
+def choose_layer(
+    config: TrainConfig,
+    arch: Architecture,
+    weights: HFWeights,
+    converted: Path | None,
+    source: FirstStepKept,
+    state: ParallelState,
+    dtype: torch.dtype,
+) -> EntropyFlow:
+    """Measure the starting model on the first step's rollouts. Collective; the same on every rank.
+
+    Raises:
+        UsageError: no layer suggests itself.
+    """
+    from megatron_bupo.model.parallel_model import ParallelModel
+    from megatron_bupo.model.scoring import ModelForEngine
+    from megatron_bupo.training.flow_log import flow_of_step
+
+    model = ParallelModel(arch, weights, config.parallel, state, dtype, converted)
+    source.update_weights(ModelForEngine(model, config.batch.max_tokens_per_micro_batch), version="0")
+    # All take the first rank's: another machine's last digit could turn the scales.
+    flows = [flow_of_step(model, source.first_step().rollouts, "start", config)]
+    dist.broadcast_object_list(flows, src=0, group=state.host_group)
+    if flows[0].suggested_layer is None:
+        why = "; ".join(flows[0].selection["reasons"])
+        raise UsageError(f"--internal-layer auto: {why}; choose a layer yourself with --internal-layer L")
+    return flows[0]
+
+
+def describe_choice(flow: EntropyFlow) -> dict[str, object]:
+    """What run.json says of a layer that was chosen."""
+    return {
+        "layer": flow.suggested_layer,
+        "stages": flow.stages,
+        "num_tokens": flow.num_tokens,
+        "num_responses": flow.num_responses,
+        "evidence": flow.selection,
+    }
