@@ -79,12 +79,15 @@ class FakeServer:
         elif call == "model_info":
             return 200, {"weight_version": self.version}
         elif call == "weights_checker":
-            return 200, {"success": True, "ranks": [{"checksums": server_checksums(self.held)}]}
+            return 200, {"success": True, "ranks": [{"checksums": self.checksums()}]}
         elif call == "generate":
             numbers = [None if math.isnan(number) else number for number in self.logprobs]
             pairs = zip([None, *numbers], body["input_ids"], strict=True)
             return 200, {"meta_info": {"input_token_logprobs": [[number, token, None] for number, token in pairs]}}
         return 200, {"success": True, "message": ""}
+
+    def checksums(self) -> dict[str, str]:
+        return server_checksums(self.held)
 
 
 def server_checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
