@@ -41,6 +41,8 @@ EXTRAS = {
         "mypy>=1.18",
         "pytest>=8.4",
         "ruff==0.17.6",  # pinned: another version formats otherwise
+        # The kernels are tested on the CPU by its interpreter. On a GPU machine torch brings it.
+        "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "types-PyYAML",
     ],
 }

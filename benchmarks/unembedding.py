@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bupo.ops import unembedding
+from megatron_bupo.ops import tiles, unembedding
 
 HEADINGS = ("seconds", "x products", "CPU s", "x products", "peak MB")
 
 
 def tiled(tile: tuple[int, int], hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    unembedding._CPU_TILE = tile
+    tiles._CPU_TILE = tile
     logprobs, entropy = unembedding.logprob_and_entropy(
         hidden, weight, targets, temperature=1.0, vocab_size=len(weight)
     )
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[448, 3584])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiles", type=parse_tile, nargs="+", default=[unembedding._CPU_TILE], metavar="ROWSxCOLUMNS")
+    parser.add_argument("--tiles", type=parse_tile, nargs="+", default=[tiles._CPU_TILE], metavar="ROWSxCOLUMNS")
     parser.add_argument("--scale", type=float, default=1.0, help="of the hidden states: 50 makes peaked distributions")
     args = parser.parse_args()
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_bupo.ops import unembedding
+from megatron_bupo.ops import tiles
 from megatron_bupo.ops.unembedding import logprob_and_entropy
 
 WORLD, HIDDEN, VOCAB = 3, 8, 101
@@ -80,7 +80,7 @@ def run_case(case: Case, group: dist.ProcessGroup) -> dict[str, Tensor]:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    unembedding._CPU_TILE = (5, 17)  # many tiles, none of which ends with the rows or the vocabulary
+    tiles._CPU_TILE = (5, 17)  # many tiles, none of which ends with the rows or the vocabulary
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     groups = {ranks: dist.new_group(range(ranks)) for ranks in (2, 3)}
     for name, case in CASES.items():

@@ -9,16 +9,27 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.ops import unembedding
+from megatron_bupo.ops import tiles, torch_passes
 from megatron_bupo.ops.unembedding import expectation, logprob_and_entropy, row_statistics
+from tests.unit.interpreted import interpreted_triton_passes
 
 ROWS, HIDDEN, VOCAB, PADDED_VOCAB = 13, 8, 101, 128
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that divide neither the rows nor the vocabulary, so that every test crosses many of them."""
-    monkeypatch.setattr(unembedding, "_CPU_TILE", (5, 17))
+@pytest.fixture(autouse=True, params=["torch", "triton"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that divide neither the rows nor the vocabulary, so that every test crosses many of them.
+
+    Every test runs with both kinds of passes over a tile: Triton's kernels are interpreted on the CPU.
+    """
+    monkeypatch.setattr(tiles, "_CPU_TILE", (5, 17))
+    if request.param == "triton":
+        triton_passes = interpreted_triton_passes()
+
+        def passes_for(device: torch.device, dtype: torch.dtype) -> tiles.Passes:
+            return triton_passes if dtype == torch.float32 else torch_passes
+
+        monkeypatch.setattr(tiles, "passes_for", passes_for)
 
 
 def make_case(scale: float = 1.0, dtype: torch.dtype = torch.float32, rows: int = ROWS) -> tuple[Tensor, ...]:
