@@ -73,23 +73,22 @@ def _probabilities_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     begin = row.to(tl.int64) * num_columns
     lse = tl.load(lse_bits + row)
-    best = float("-inf")
-    best_column = 0
+    best = tl.full((), float("-inf"), tl.float32)
+    best_column = tl.full((), 0, tl.int64)
     for start in range(0, num_columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < num_columns
         bits = tl.load(tile + begin + at, mask=inside, other=float("-inf")) * scale
         block_best = tl.max(bits, 0)
-        if block_best > best:
-            best = block_best
-            best_column = start + tl.argmax(bits, 0, tie_break_left=True)
+        best_column = tl.where(block_best > best, start + tl.argmax(bits, 0, tie_break_left=True), best_column)
+        best = tl.maximum(best, block_best)
         p = tl.exp2(bits - lse)
         p_high = p.to(high.dtype.element_ty)
         tl.store(high + begin + at, p_high, mask=inside)
         if HAS_LOW:
             tl.store(low + begin + at, (p - p_high.to(tl.float32)).to(low.dtype.element_ty), mask=inside)
     tl.store(top + row, best)
-    tl.store(column + row, best_column.to(tl.int64))
+    tl.store(column + row, best_column)
 
 
 def reduce(tile: Tensor, scale: float, targets: Tensor, first: int, sums: Tensor, scratch: Tensor) -> None:

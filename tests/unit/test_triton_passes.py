@@ -4,6 +4,10 @@ Interpreted, Triton cuts to bf16 where a GPU rounds: off by at most 2^-7 of the 
 """
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +91,14 @@ def test_probabilities(
     torch.testing.assert_close(p, (bits - lse_bits[:, None]).exp2(), rtol=2**-14, atol=1e-9)
     torch.testing.assert_close(top.double(), bits.amax(1), rtol=1e-6, atol=0)
     assert column.tolist() == [5, *bits[1:].argmax(1).tolist()]
+
+
+def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    """The interpreter takes what the compiler would refuse."""
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = str(Path(__file__).with_name("compile_kernels.py"))
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6
