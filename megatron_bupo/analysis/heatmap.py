@@ -20,9 +20,9 @@ _MARKS = {" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def token_heatmap(label: str, heatmap: Heatmap) -> Figure:
-    """Layers by tokens, layer 1 at the bottom, the full policy in a row of its own at the top; colour is the entropy.
+    """Layers by tokens, layer 1 at the bottom, the full policy in a separate row at the top; colour is the entropy.
 
-    More than 40 tokens go on in panels below.
+    Each panel shows 40 tokens; longer responses continue in further panels.
     """
     num_drawn = len(heatmap.tokens)
     num_panels = math.ceil(num_drawn / TOKENS_PER_PANEL)

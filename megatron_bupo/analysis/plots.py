@@ -1,4 +1,4 @@
-"""Figures from the numbers that runs leave behind, no model needed; what all figures share: colours, text, saving."""
+"""Figures of training runs from their metrics, and what all figures share: colours, text, saving."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FONT = "DejaVu Sans"  # comes with matplotlib
-# How the text of others is set: a $ in it is a $, and the font is the one that `drawable` looked into.
+# For text that users give: a $ is printed as $, in the font whose characters `drawable` checks.
 PLAIN_TEXT: dict[str, Any] = {"parse_math": False, "fontfamily": FONT}
 FORMATS = ("png", "pdf")
 _ROW = 0.05  # of the height of the reward curves: a row of names
@@ -26,7 +26,7 @@ _METRIC_KEYS = ("step", "phase", "reward_mean")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches. It belongs to no display and to no pyplot: it goes when nobody holds it any more."""
+    """An empty figure, in inches. It is not registered with pyplot, so it is freed with its last reference."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""What several policies of one model say to the same prompt, printed next to each other.
+"""The responses of several policies of one model to the same prompt, printed next to each other.
 
-Every policy is asked at the same positions: behind the prompt and what the first policy said so far. So the columns of
-a row are answers to the same question, also where the policies' own responses went different ways long ago.
+The table shows every policy's top tokens at the same positions: after the prompt and the first policy's response so
+far. So the cells of a row have the same context, also where the policies' own responses differ.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def open_console() -> Console:
 def print_side_by_side(
     console: Console, prompt: str, views: Sequence[PolicyView], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Print the prompt's end, what each policy says, and the table of their top tokens.
+    """Print the prompt's end, the response of each policy, and the table of their top tokens.
 
     Args:
         prompt: its text as the model saw it, chat template included.

@@ -38,7 +38,7 @@ class HiddenStateModel(GPTModel):
 
 @functools.cache
 def has_transformer_engine() -> bool:
-    """transformer-engine's layers need CUDA; without either the local spec with torch's attention is used."""
+    """Whether transformer-engine's layers are used. They need CUDA; the alternative is the local spec with torch's attention."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -91,7 +91,7 @@ def _layer_spec(arch: Architecture) -> ModuleSpec:
 
 
 def _mark_tensor_parallel(model: nn.Module) -> None:
-    """Say which parameters are slices: without initialization megatron-core does not, and norms count them wrongly."""
+    """Mark the parameters that are slices. megatron-core does so only when it initializes them; norms depend on the marks."""
     for module in model.modules():
         dimension = 1 if isinstance(module, RowParallelLinear) else 0
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):

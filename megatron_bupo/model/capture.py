@@ -1,6 +1,6 @@
-"""The residual stream and what the modules add to it, taken while a forward runs. Every stage has its own layers'.
+"""The residual stream and the outputs of attention and FFN, recorded during a forward by hooks on the layers.
 
-Hooks on the layers see the states go by; nothing is replaced, and nothing is left behind.
+Each pipeline stage records the states of its own layers. The hooks are removed at the end; the model is not changed.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class LayerStates:
 
 @dataclass
 class _Seen:
-    """What has come by of one layer, a state for each micro-batch so far.
+    """The recorded states of one layer, one for each micro-batch so far.
 
-    `below` is what the layer below has in `resid`, or for the lowest layer of a chunk a list of its own.
+    `below` is the list `resid` of the layer below; the lowest layer of a chunk has a separate list.
     """
 
     below: list[Tensor]
@@ -68,10 +68,10 @@ class _Seen:
 def captured_states(
     chunks: Sequence[HiddenStateModel], batches: Sequence[MicroBatch]
 ) -> Iterator[list[list[LayerStates]]]:
-    """Take the states of every layer of this stage while `batches` run through `chunks`, in their order.
+    """Record the states of every layer of this stage while `batches` run through `chunks`, in their order.
 
     Yields:
-        A list that is filled on the way out: for every micro-batch, its states by layer, lowest first.
+        A list that is filled when the context ends: for every micro-batch, its states by layer, lowest first.
     """
     result: list[list[LayerStates]] = []
     seen: list[tuple[TransformerLayer, _Seen]] = []

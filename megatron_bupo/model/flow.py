@@ -24,7 +24,7 @@ from megatron_bupo.ops.unembedding import RowStatistics, expectation, row_statis
 from megatron_bupo.parallel.setup import ParallelState
 
 _LN_2 = math.log(2.0)
-# What a stage computes of a layer, in the order of its rows.
+# The columns that a stage computes for a layer, in this order.
 _ENTROPIES = ("resid", "attn", "ffn", "attn_in", "ffn_in")
 _NORM_ENTROPIES = ("resid@norm", "attn@norm", "ffn@norm")
 _OTHERS = ("cos_attn", "cos_ffn", "resid_norm", "kl_full", "top1_full")
@@ -46,7 +46,7 @@ class TokenFlow:
 
 @dataclass(frozen=True)
 class _Full:
-    """The full policy at R rows, as far as a comparison with it needs it."""
+    """The numbers of the full policy at R rows that a comparison with it needs."""
 
     embedding: Tensor  # [R, H] the expected row of W
     entropy: Tensor  # [R]

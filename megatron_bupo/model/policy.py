@@ -36,14 +36,14 @@ class PolicyOutput:
     entropy: Tensor
 
 
-# What the last stage makes of an output: (loss sum, count, whatever the caller collects).
+# On the last stage, from an output: (loss sum, count, a value that the caller collects).
 LossFunction = Callable[[MicroBatch, PolicyOutput], tuple[Tensor, Tensor, Any]]
-# What it makes of its hidden state: what goes into the schedule, and the function that the schedule calls with that.
+# On the last stage, from its hidden state: the input of the schedule's loss function, and that function.
 LastStage = Callable[[HiddenStateModel, Tensor, MicroBatch], tuple[Any, Callable[..., Any]]]
 
 
 def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
-    """megatron-core's description of the packed sequences; the padding counts as a sequence of its own."""
+    """megatron-core's description of the packed sequences; the padding is one more sequence."""
     longest = int(batch.cu_seqlens.diff().max())
     # transformer-engine's kernels read the boundaries on the device, torch's attention as numbers.
     cu_seqlens = batch.cu_seqlens.to(batch.tokens.device) if has_transformer_engine() else batch.cu_seqlens

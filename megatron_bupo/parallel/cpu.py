@@ -1,8 +1,8 @@
 """Everything that megatron-core needs to run without CUDA, here and nowhere else.
 
 megatron-core 0.16 creates buffers on ``torch.cuda.current_device()`` or the literal device "cuda", keeps its random
-state in the CUDA generator and recognises parameters by the name of their CUDA tensor type. `install` answers those
-four questions for a machine without a GPU; nothing here runs when there is one.
+state in the CUDA generator and recognises parameters by the name of their CUDA tensor type. `install` replaces these
+four things on a machine without a GPU. On a machine with one nothing here runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _without_cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``Tensor.type()`` which tells megatron-core's optimizers the CUDA name that they look for."""
+    """``Tensor.type()`` that returns the name of the CUDA type to megatron-core's optimizers, which compare with it."""
     answer = _original_type(self, *args, **kwargs)
     asks_by_name = isinstance(answer, str) and not args and not kwargs
     if asks_by_name and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
@@ -61,9 +61,9 @@ def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def give_freed_memory_back() -> None:
-    """Hand the holes in glibc's heap back to the system, which a step's freed activations leave there in gigabytes.
+    """Return free memory inside glibc's heap to the system: a step's freed activations leave gigabytes of it.
 
-    (Keeping blocks off the heap altogether, by mallopt, took less memory still and a third more time.)
+    (Allocating large blocks outside the heap, by mallopt, took less memory still and a third more time.)
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other systems' libraries have none
     if malloc_trim is not None:

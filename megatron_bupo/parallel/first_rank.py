@@ -1,4 +1,4 @@
-"""Work that one process does, and whose end all of them must hear."""
+"""Work that the first process does alone, and whose result or error all processes get."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Answer = TypeVar("_Answer")
 
 
 class FirstRankFailed(RuntimeError):
-    """What the first rank failed with, told to the others: its message."""
+    """The error of the first rank, raised on the other ranks with its message."""
 
 
 def on_first_rank(state: ParallelState, work: Callable[[], _Answer]) -> _Answer:
