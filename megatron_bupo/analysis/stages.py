@@ -5,8 +5,8 @@
     convergence [b+1..L]      d_ffn < 0 in the upper layers         0 <= a <= b <= L: any of them may be empty
 
 a and b minimise the squared error of d_ffn. Exploration is fitted with its mean, which must be above 0, integration
-with 0, convergence with its mean, which must be below 0. A bootstrap over the responses estimates how often other responses
-would give the same a and b.
+with 0, convergence with its mean, which must be below 0. A bootstrap over the responses estimates how often other
+responses would give the same a and b.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class HiddenStateModel(GPTModel):
 
 @functools.cache
 def has_transformer_engine() -> bool:
-    """Whether transformer-engine's layers are used. They need CUDA; the alternative is the local spec with torch's attention."""
+    """Whether transformer-engine's layers are used, which need CUDA; otherwise the local spec with torch's own."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -91,7 +91,7 @@ def _layer_spec(arch: Architecture) -> ModuleSpec:
 
 
 def _mark_tensor_parallel(model: nn.Module) -> None:
-    """Mark the parameters that are slices. megatron-core does so only when it initializes them; norms depend on the marks."""
+    """Mark the parameters that are slices, for norms: megatron-core does so only when it initializes them."""
     for module in model.modules():
         dimension = 1 if isinstance(module, RowParallelLinear) else 0
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
