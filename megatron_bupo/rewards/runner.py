@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_bupo.errors import UsageError
+from megatron_bupo.rewards.gold import gold_text
 
 if TYPE_CHECKING:  # samples imports torch, which the workers (they import this file) must not pay for
     from megatron_bupo.samples import Rollout
@@ -178,7 +179,8 @@ class RewardRunner:
         for key in ("response", "answer"):
             if getattr(rollout, key) is None:
                 raise UsageError(f"--reward math: record {number} has no '{key}'; it needs 'response' and 'answer'")
-        return {"response": rollout.response, "answer": rollout.answer}
+        assert rollout.answer is not None
+        return {"response": rollout.response, "answer": gold_text(rollout.answer)}
 
     def wait_until_loaded(self) -> None:
         """Raise UsageError if the function cannot be loaded; `score` does so too, but only then."""
