@@ -1,11 +1,20 @@
-"""Files that appear whole or not at all, after a power cut too."""
+"""Files: written whole or not at all, after a power cut too; text read by lines, JSON objects from lines."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from megatron_bupo.errors import UsageError
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
@@ -24,3 +33,46 @@ def new_file(path: str | Path) -> Iterator[Path]:
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def text_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file with their line ends; a byte-order mark at its start is left out.
+
+    The name is the file's own: nothing in it is a pattern or an address.
+
+    Raises:
+        UsageError: the file is not UTF-8 text.
+        OSError: it cannot be opened or read.
+    """
+    with Path(path).open("rb") as stream:
+        start = stream.peek(4)[:4]
+        # ASCII text in UTF-16 is valid UTF-8 as well: it is known by its zero bytes.
+        if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in start:
+            raise UsageError(f"{path}: cannot be read (not UTF-8 text but UTF-16, or no text); save it as UTF-8")
+        try:
+            yield from io.TextIOWrapper(stream, encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: cannot be read (not UTF-8 text); save it as UTF-8") from error
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object in a line of a JSON-lines file; `where` names file and line in the errors.
+
+    Raises:
+        UsageError: no JSON, another value than an object, or text that is not Unicode (half a surrogate pair).
+    """
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+        raise UsageError(f"{where}: not JSON ({reason}); write one JSON object a line") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: a {type(value).__name__} instead of a JSON object; write one JSON object a line")
+    if _SURROGATE.search(line):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{where}: one half of a surrogate pair (\\ud800 to \\udfff); write both halves"
+            ) from error
+    return value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.errors import UsageError
+from megatron_bupo.files import json_object
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,7 @@ class Rollout:
         Raises:
             UsageError: no JSON object, a required key missing, or lists that do not fit each other.
         """
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: not JSON ({error.msg}); a rollout file has one JSON object a line") from error
-        if not isinstance(record, dict):
-            raise UsageError(f"{where}: a {type(record).__name__} instead of a JSON object")
+        record = json_object(line, where)
         missing = [key for key in ("group", "prompt_tokens", "response_tokens") if key not in record]
         if missing:
             raise UsageError(f"{where}: the key '{missing[0]}' is missing")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.files import new_file
+from megatron_bupo.files import new_file, text_lines
 
 if TYPE_CHECKING:
     from megatron_bupo.samples import Rollout  # which needs torch
@@ -111,18 +111,20 @@ def read_flow(path: str | Path) -> EntropyFlow:
     """The flow of a file, or of the folder that it lies in.
 
     Raises:
-        UsageError: no such file, no JSON, another schema, something missing, or one layer only.
+        UsageError: no such file, no UTF-8 text, no JSON, another schema, something missing, or one layer only.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = "".join(text_lines(path))
     except OSError as error:
         hint = f"give an {FILE_NAME} that entropy-flow wrote"
         if (path.parent / "metrics.jsonl").is_file():
             hint = f"of a training run give {path.parent}/entropy_flow/step_... or {path.parent}/internal_layer"
         raise UsageError(f"{path}: {error.strerror}; {hint}") from error
-    except ValueError as error:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not JSON; give an {FILE_NAME} that entropy-flow wrote") from error
     if not isinstance(content, dict) or "schema" not in content:
         raise UsageError(f"{path}: no entropy flow (it has no schema); give an {FILE_NAME} that entropy-flow wrote")

@@ -11,8 +11,8 @@ from megatron_bupo.analysis.flow_plots import draw_flows
 from megatron_bupo.architectures.architecture import Architecture, check_layout
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import EntropyFlowConfig
-from megatron_bupo.data.prompts import has_tokenizer, load_tokenizer
 from megatron_bupo.data.rollout_files import read_rollouts, write_rollouts
+from megatron_bupo.data.tokenizer import has_tokenizer, load_tokenizer
 from megatron_bupo.errors import UsageError
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.rollout.prompting import Prompting

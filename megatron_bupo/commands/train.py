@@ -13,8 +13,9 @@ from megatron_bupo.analysis.flow_file import EntropyFlow, write_flow
 from megatron_bupo.architectures.architecture import Architecture, check_layout
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.train import TrainConfig
-from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
+from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
+from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.errors import UsageError
 from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
 from megatron_bupo.rewards.runner import RewardFunction

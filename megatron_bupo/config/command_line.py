@@ -163,7 +163,7 @@ def _yaml_words(path: str, config: type[Group]) -> list[str]:
     import yaml  # only when a file is given: it is not needed for a command line
 
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"--config {path}: {reason}; give a readable YAML file") from error

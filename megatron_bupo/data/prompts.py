@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from jinja2 import TemplateError
-from pyarrow.parquet import read_metadata  # type: ignore[import-untyped]
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from megatron_bupo.data.prompt_files import answer_text, read_rows
 from megatron_bupo.errors import UsageError
+from megatron_bupo.rewards.gold import gold_text
 from megatron_bupo.samples import Prompt
-
-_JSON_SUFFIXES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True)
@@ -66,36 +62,6 @@ class PromptSet:
         return digest.hexdigest()
 
 
-def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a tokenizer is in a HuggingFace folder."""
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a HuggingFace folder.
-
-    Raises:
-        UsageError: no tokenizer, a broken one, or one with ids beyond the model's vocabulary.
-    """
-    if not Path(folder).is_dir():
-        raise UsageError(f"{folder}: no such folder; give a HuggingFace folder (config, tokenizer, safetensors)")
-    if not has_tokenizer(folder):
-        raise UsageError(f"{folder}: no tokenizer (tokenizer.json, tokenizer_config.json) in it")
-    try:
-        vocab_size = AutoConfig.from_pretrained(str(folder), local_files_only=True).vocab_size
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        largest = max(tokenizer.get_vocab().values())
-    except Exception as error:  # the Rust side of tokenizers raises bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{folder}: its config or tokenizer cannot be loaded ({reason})") from error
-    if largest >= vocab_size:
-        raise UsageError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model's vocab_size is {vocab_size}; "
-            "they do not belong together"
-        )
-    return tokenizer
-
-
 def load_prompts(
     files: list[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -108,6 +74,7 @@ def load_prompts(
 
     Columns: `prompt`, a string (raw text, tokenized as it stands, nothing added) or a list of messages (through the
     chat template, thinking off); the answer in `reward_model.ground_truth`, else in `answer`; `data_source`, optional.
+    docs/data.md says what each may hold.
 
     Args:
         files: parquet or JSON lines (.jsonl, .json), read one after the other.
@@ -119,14 +86,14 @@ def load_prompts(
         Prompts whose `index` is the row over all files (from 0), dropped ones counted too.
 
     Raises:
-        UsageError: naming file and row: unreadable or empty data, a column that is missing, of a wrong type or empty;
-            or nothing short enough.
+        UsageError: naming file and row: a file that cannot be read or has no rows, a column that is missing, blank or
+            of a wrong type; or no prompt that is short enough.
     """
     prompts = []
     num_rows = 0
     with tqdm(desc="prompts", unit=" rows", disable=None if show_progress else True) as bar:
         for file in files:
-            for where, row in _rows(Path(file)):
+            for where, row in read_rows(Path(file)):
                 text, answer, source = _columns(row, where, tokenizer, require_answer)
                 tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 if not tokens:
@@ -153,65 +120,6 @@ def check_positions(prompts: PromptSet, max_response_len: int, max_positions: in
         )
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a file with their names for errors ("FILE, row 3", rows from 1: in JSON lines, the line)."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file; prompt data are parquet or jsonl files")
-    named: Iterator[tuple[str, dict[str, Any]]]
-    is_empty = True
-    if file.suffix == ".parquet":
-        named = ((f"{file}, row {number}", row) for number, row in enumerate(_read(file, _from_parquet), start=1))
-    elif file.suffix in _JSON_SUFFIXES:
-        named = _json_rows(file)
-    else:
-        raise UsageError(f"{file}: neither parquet (.parquet) nor JSON lines (.jsonl, .json)")
-    for where, row in named:
-        is_empty = False
-        yield where, row
-    if is_empty:
-        raise UsageError(f"{file}: no rows in it")
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Read as text and decoded line by line: a JSON reader with one type per column turns answers such as
-    # "2024-01-01" into timestamps, and cannot name the row that is malformed.
-    if file.stat().st_size == 0:
-        return
-    for number, line in enumerate(_read(file, _from_text)["text"], start=1):
-        where = f"{file}, row {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: not JSON ({error.msg}); one JSON object a line is expected") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{where}: a {type(row).__name__} instead of a JSON object")
-        yield where, row
-
-
-def _from_parquet(file: str, cache_dir: str) -> datasets.Dataset:
-    if read_metadata(file).num_rows == 0:  # `datasets` fails on it, with a message that does not say so
-        return datasets.Dataset.from_dict({})
-    return datasets.Dataset.from_parquet(file, cache_dir=cache_dir, keep_in_memory=True)
-
-
-def _from_text(file: str, cache_dir: str) -> datasets.Dataset:
-    return datasets.Dataset.from_text(file, cache_dir=cache_dir, keep_in_memory=True)
-
-
-def _read(file: Path, reader: Callable[[str, str], datasets.Dataset]) -> datasets.Dataset:
-    """Read into memory: the cache that `datasets` wants is a folder for the moment, so no older version is met."""
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as cache_dir:
-        try:
-            return reader(str(file), cache_dir)
-        except Exception as error:  # datasets and pyarrow have no common base for what a bad file raises
-            reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(f"{file}: cannot be read ({reason})") from error
-
-
 def _columns(
     row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, require_answer: bool
 ) -> tuple[str, str | None, str | None]:
@@ -228,28 +136,35 @@ def _answer(row: dict[str, Any], where: str, required: bool) -> str | None:
     reward_model = row.get("reward_model")
     if reward_model is not None and not isinstance(reward_model, dict):
         raise UsageError(f"{where}: 'reward_model' is a {type(reward_model).__name__}; it must have 'ground_truth'")
-    answer = (reward_model or {}).get("ground_truth")
-    if answer is None:
-        answer = row.get("answer")
-    if answer is None and required:
-        raise UsageError(f"{where}: neither 'reward_model.ground_truth' nor 'answer'; one of them must be there")
-    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, str | int | float)):
-        raise UsageError(f"{where}: the answer is a {type(answer).__name__}; it must be a string or a number")
-    return None if answer is None else str(answer)
+    for value in ((reward_model or {}).get("ground_truth"), row.get("answer")):
+        try:
+            answer = answer_text(value)
+        except ValueError as error:
+            raise UsageError(f"{where}: the answer is {error}; it must be a string or a finite number") from error
+        if answer is not None and gold_text(answer):
+            return answer
+    if required:
+        raise UsageError(
+            f"{where}: neither 'reward_model.ground_truth' nor 'answer' holds an answer (null, NaN and blank text are "
+            "none); give one of them"
+        )
+    return None
 
 
 def _prompt_text(prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Raw text as it stands; messages through the chat template."""
     if not isinstance(prompt, str | list):
         raise UsageError(f"{where}: 'prompt' is a {type(prompt).__name__}; it must be a string or a list of messages")
-    if not prompt:
-        raise UsageError(f"{where}: 'prompt' is empty")
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise UsageError(f"{where}: 'prompt' is empty or blank; give a text")
     if isinstance(prompt, str):
         return prompt
     if not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
     ):
         raise UsageError(f"{where}: 'prompt' has a message without 'role' and 'content' as strings")
+    if any(message["role"] == "user" and not message["content"].strip() for message in prompt):
+        raise UsageError(f"{where}: 'prompt' has a user message that is empty or blank; give a text")
     if tokenizer.chat_template is None:
         raise UsageError(
             f"{where}: 'prompt' is a list of messages, but the tokenizer has no chat template; give strings"
@@ -261,7 +176,7 @@ def _prompt_text(prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase) ->
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-    except TemplateError as error:
-        raise UsageError(f"{where}: the chat template refuses the messages ({error.message})") from error
+    except (TemplateError, TypeError, ValueError) as error:  # jinja raises what Python raises inside a template
+        raise UsageError(f"{where}: the chat template refuses the messages ({error})") from error
     assert isinstance(text, str)
     return text

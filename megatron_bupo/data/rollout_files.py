@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.files import new_file
+from megatron_bupo.files import new_file, text_lines
 from megatron_bupo.samples import Rollout
 
 
@@ -82,11 +82,7 @@ def replay_fingerprints(directory: str | Path, train_iters: int) -> list[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        # Only "\n" ends a record: the other line separators of Unicode may stand unescaped inside a JSON string.
-        with path.open(encoding="utf-8", newline="\n") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text; a rollout file has one JSON object a line") from error
+        yield from text_lines(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give a rollout file (JSON lines)") from error
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.commands import EntropyFlowConfig, GenerateConfig
 from megatron_bupo.config.rollout import RolloutConfig
-from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts, load_tokenizer
+from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts
+from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.rollout.engine import GenerationRequest, SamplingParams, make_requests, stop_token_ids
 
 

@@ -9,7 +9,8 @@ import torch
 
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import TrainConfig
-from megatron_bupo.data.prompts import PromptSet, load_tokenizer
+from megatron_bupo.data.prompts import PromptSet
+from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.rewards.runner import RewardRunner

@@ -83,7 +83,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"give an entropy_flow\.json that entropy-flow wrote"):
             read_flow(tmp_path / "flow.json")
     (tmp_path / "flow.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="not JSON"):
+    with pytest.raises(UsageError, match="not UTF-8 text"):
         read_flow(tmp_path / "flow.json")
 
 

@@ -8,11 +8,12 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_bupo.data.prompts import PromptSet, load_prompts, load_tokenizer
+from megatron_bupo.data.prompts import PromptSet, load_prompts
 from megatron_bupo.errors import UsageError
 from megatron_bupo.samples import Prompt
+from tests.data.prompt_sets import PROBLEMS, SYSTEM, write_prompt_sets
 
 WORDS = ["<unk>", "<eos>", "<user>", "<system>", "<go>", "<think>", "one", "two", "three", "plus"]
 TEMPLATE = (
@@ -20,7 +21,6 @@ TEMPLATE = (
     "{% if m.name is defined %}three {% endif %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}<go>{% endif %}{% if enable_thinking %} <think>{% endif %}"
 )
-DEEPMATH = Path(__file__).parents[2].parent / "shared" / "data" / "deepmath-5k.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,17 @@ def test_raw_text_and_both_answer_columns(tmp_path: Path, tokenizer: PreTrainedT
         tmp_path / "a.jsonl",
         {"prompt": "one plus two", "answer": 3, "data_source": "sums"},
         {"prompt": "two\u2028plus two", "reward_model": {"ground_truth": "2024-01-01"}, "answer": "unused"},
-        {"prompt": "three", "answer": 0.5},
+        {"prompt": "three", "reward_model": {"ground_truth": float("nan")}, "answer": 0.5},
+        '{"prompt": "one", "answer": 12345678901234567890123}',
+        '{"prompt": "one", "answer": "\\ud83d\\ude00 $8$"}',  # as it stands
     )
     prompts = load_prompts([file], tokenizer, max_prompt_len=8).prompts
     assert prompts == [
         Prompt(0, [6, 9, 7], "one plus two", "3", "sums"),
         Prompt(1, [7, 9, 7], "two\u2028plus two", "2024-01-01", None),
         Prompt(2, [8], "three", "0.5", None),
+        Prompt(3, [6], "one", "12345678901234567890123", None),
+        Prompt(4, [6], "one", "\U0001f600 $8$", None),
     ]
 
 
@@ -77,9 +81,11 @@ def test_long_prompts_are_dropped_and_counted_but_keep_their_row(
     assert prompts.num_dropped == 1 and len(prompts) == 2
 
 
-def test_answers_may_be_left_out_where_nobody_asks_for_them(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    file = _jsonl(tmp_path / "a.jsonl", {"prompt": "one"}, "")  # a blank line at the end is no row
-    assert load_prompts([file], tokenizer, 8, require_answer=False).prompts == [Prompt(0, [6], "one")]
+def test_answers_may_be_missing_where_none_are_needed(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    nan = {"prompt": "two", "answer": float("nan")}
+    file = _jsonl(tmp_path / "a.jsonl", {"prompt": "one"}, nan, "")  # a blank line at the end is no row
+    prompts = load_prompts([file], tokenizer, 8, require_answer=False).prompts
+    assert prompts == [Prompt(0, [6], "one"), Prompt(1, [7], "two")]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,24 @@ def test_answers_may_be_left_out_where_nobody_asks_for_them(tmp_path: Path, toke
         ({"prompt": None, "answer": 1}, "row 2: 'prompt' is a NoneType"),
         ({"prompt": "", "answer": 1}, "row 2: 'prompt' is empty"),
         ({"prompt": [], "answer": 1}, "row 2: 'prompt' is empty"),
-        ({"prompt": "  ", "answer": 1}, "row 2: the prompt has no tokens"),
+        ({"prompt": " \t\n\u3000", "answer": 1}, "row 2: 'prompt' is empty or blank"),
+        (
+            {"prompt": [{"role": "user", "content": ""}], "answer": 1},
+            "row 2: 'prompt' has a user message that is empty",
+        ),
+        ({"prompt": [{"role": "user", "content": " \n"}], "answer": 1}, "row 2: 'prompt' has a user message that is"),
+        ({"prompt": "one", "answer": None}, "row 2: neither 'reward_model.ground_truth' nor 'answer' holds an answer"),
+        ({"prompt": "one", "answer": float("nan")}, "row 2: neither"),
+        ({"prompt": "one", "answer": " "}, "row 2: neither"),
+        ({"prompt": "one", "answer": "$$"}, "row 2: neither"),
+        ({"prompt": "one", "reward_model": {"ground_truth": float("nan")}}, "row 2: neither"),
+        ({"prompt": "one", "answer": float("inf")}, "row 2: the answer is infinite"),
+        ('{"prompt": "one", "answer": 1e999}', "row 2: the answer is infinite"),
+        ({"prompt": "one", "answer": {"text": "1"}}, "row 2: the answer is a dict"),
+        ('{"prompt": "one", "answer": ' + "9" * 5000 + "}", "row 2: not JSON (Exceeds the limit (4300 digits)"),
+        ("[" * 100_000, "row 2: not JSON (maximum recursion depth"),
+        ('{"prompt": "one \\ud83d", "answer": 1}', "row 2: one half of a surrogate pair"),
+        ('{"prompt": "one", "answer": "\\uDC4d"}', "row 2: one half of a surrogate pair"),
         ({"prompt": ["one"], "answer": 1}, "row 2: 'prompt' has a message without 'role' and 'content'"),
         ({"prompt": [{"role": "user"}], "answer": 1}, "row 2: 'prompt' has a message without"),
         ({"prompt": [{"role": "tool", "content": "one"}], "answer": 1}, "row 2: the chat template refuses"),
@@ -122,7 +145,7 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase,
     long = _jsonl(tmp_path / "long.jsonl", {"prompt": "one two", "answer": 1})
     cases = {
         str(broken): "cannot be read",
-        str(latin): "cannot be read",
+        str(latin): "cannot be read (not UTF-8 text)",
         str(none): "no rows",
         wrong: "row 1: no column 'prompt'",
         _jsonl(tmp_path / "empty.jsonl"): "no rows",
@@ -177,30 +200,10 @@ def test_the_fingerprint_sees_tokens_answers_and_order() -> None:
     assert len(prints) == 4 and base.fingerprint() == _set(3).fingerprint() and len(base.fingerprint()) == 64
 
 
-def test_tokenizer_folders(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UsageError, match="no such folder"):
-        load_tokenizer(tmp_path / "none")
-    folder = tmp_path / "hf"
-    LlamaConfig(vocab_size=len(WORDS)).save_pretrained(folder)
-    with pytest.raises(UsageError, match="no tokenizer"):
-        load_tokenizer(folder)
-    tokenizer.save_pretrained(folder)
-    loaded = load_tokenizer(folder)
-    assert loaded("one plus")["input_ids"] == [6, 9] and loaded.chat_template == TEMPLATE
-    LlamaConfig(vocab_size=len(WORDS) - 1).save_pretrained(folder)
-    with pytest.raises(UsageError, match="ids up to 9, the model's vocab_size is 9"):
-        load_tokenizer(folder)
-    LlamaConfig(vocab_size=len(WORDS)).save_pretrained(folder)
-    for broken in ("{", '{"model": 5}'):
-        (folder / "tokenizer.json").write_text(broken)
-        with pytest.raises(UsageError, match="cannot be loaded") as error:
-            load_tokenizer(folder)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(not DEEPMATH.is_file(), reason="deepmath-5k.parquet does not lie beside the checkout")
-def test_the_training_data_of_the_paper(tokenizer: PreTrainedTokenizerBase) -> None:
-    prompts = load_prompts([str(DEEPMATH)], tokenizer, max_prompt_len=10_000)
-    assert len(prompts) == 5000 and prompts.num_dropped == 0
-    assert prompts.prompts[0].answer == "\\infty" and prompts.prompts[0].data_source == "math_dapo"
-    assert prompts.prompts[0].text.startswith("<system> Please reason step by step, and put your final answer within")
+def test_the_data_sets_of_the_paper(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for name, file in write_prompt_sets(tmp_path).items():
+        prompts = load_prompts([str(file)], tokenizer, max_prompt_len=10_000)
+        assert [prompt.answer for prompt in prompts.prompts] == [answer for _, answer in PROBLEMS[name]]
+        assert prompts.num_dropped == 0
+        assert prompts.prompts[0].text.startswith(f"<system> {SYSTEM} <user> {PROBLEMS[name][0][0]} <go>")
+        assert prompts.prompts[0].data_source == ("math_dapo" if name == "deepmath-5k" else f"qwen_{name}")
