@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_bupo.conversion.program import DTYPES, Parser, layout_of, report, run_program
+from megatron_bupo.conversion.program import DTYPES, Parser, layout_of, report, report_tokenizer, run_program
 
 PROG = "megatron_to_hf.py"
 
@@ -46,6 +46,7 @@ def main(words: Sequence[str]) -> int:
         else:
             num_bytes = export_policy(source, output, arguments.policy, ranks, dtype, force)
         report(ranks.rank, output, num_bytes, started)
+        report_tokenizer(ranks.rank, output)
         if arguments.policy is not None and ranks.rank == 0:
             print(f"{output} has a modeling file of its own: load it with trust_remote_code=True")
     return 0

@@ -167,7 +167,7 @@ def _yaml_words(path: str, config: type[Group]) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"--config {path}: {reason}; give a readable YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or a number that cannot be; deep brackets
         place = getattr(error, "problem_mark", None)
         line = f" in line {place.line + 1}" if place else ""
         raise UsageError(f"--config {path}: broken YAML{line}; write one 'name: value' a line") from error
@@ -196,6 +196,9 @@ def _entry_words(where: str, flag: _Flag, value: Any) -> list[str]:
         wanted = f"a list of {flag.metavar}" if flag.is_list else f"a single value ({flag.metavar})"
         raise UsageError(f"{where}: {value}: must be {wanted}; quote words such as 'on' and 'no'")
     if flag.is_list:
+        for single in map(str, values):
+            if single.startswith("-") and not _NEGATIVE.match(single):
+                raise UsageError(f"{where}: {single}: begins with a dash as flags do; a file is written ./{single}")
         return [flag_name(flag.name), *map(str, values)]
     return [f"{flag_name(flag.name)}={value}"]
 

@@ -63,6 +63,15 @@ def report(rank: int, text: str, num_bytes: int, started: float) -> None:
         print(f"{text}: {num_bytes / 1e9:.2f} GB in {seconds:.2f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
 
 
+def report_tokenizer(rank: int, folder: str) -> None:
+    """One line, on rank 0, where transformers would not go by the tokenizer.json of the folder."""
+    if rank == 0 and (Path(folder) / "tokenizer.json").is_file():
+        from megatron_bupo.data.tokenizer import transformers_note  # transformers, which --help does without
+
+        if note := transformers_note(folder):
+            print(note)
+
+
 def run_program(prog: str, program: Callable[[Sequence[str]], int]) -> int:
     """The exit code of `program(words)`; 2 for bad input (one line on rank 0's stderr), 130 for Ctrl-C."""
     # torch's memory in huge pages: a converter takes and gives back large blocks all the time. Read when torch starts.

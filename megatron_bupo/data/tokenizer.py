@@ -54,8 +54,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         largest = max(tokenizer.get_vocab().values())
         odd = _difference(tokenizer, folder)
     except Exception as error:  # the Rust side of tokenizers raises bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{folder}: its config or tokenizer cannot be loaded ({reason})") from error
+        raise UsageError(f"{folder}: its config or tokenizer cannot be loaded ({_reason(error)})") from error
     if odd is not None:
         raise UsageError(
             f"{folder}: {CONFIG} makes other tokens of {odd!r} than {FILE} does; remove the setting that does it, such "
@@ -69,18 +68,25 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def transformers_difference(folder: str | Path) -> str | None:
-    """A text that AutoTokenizer makes other tokens of than the folder's tokenizer.json does; None where there is none.
-
-    Raises:
-        UsageError: AutoTokenizer cannot load the folder.
-    """
+def transformers_note(folder: str | Path) -> str | None:
+    """One line where AutoTokenizer does not do as the folder's tokenizer.json, or cannot load it; else None."""
+    if not (Path(folder) / FILE).is_file():
+        return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        return _difference(tokenizer, Path(folder))
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
+        odd = _difference(tokenizer, Path(folder))
+    except Exception as error:  # the Rust side of tokenizers raises bare Exception
+        return f"{folder}: transformers cannot load its tokenizer ({_reason(error)})"
+    if odd is None:
+        return None
+    return (
+        f"{folder}: AutoTokenizer ({type(tokenizer).__name__}) makes other tokens of {odd!r} than {FILE} does; "
+        "PreTrainedTokenizerFast.from_pretrained goes by the file"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _difference(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:

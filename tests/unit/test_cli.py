@@ -164,6 +164,8 @@ def test_config_file_and_precedence(words: dict[str, list[str]], tmp_path: Path)
         ("lr: {value: 1}", "must be a single value (X)"),
         ("prompt_data: []", "must be a list of FILE"),
         ("prompt_data: [[a]]", "must be a list of FILE"),
+        ("prompt_data: [-x.jsonl]", "-x.jsonl: begins with a dash as flags do; a file is written ./-x.jsonl"),
+        ("lr: 2024-99-99", "broken YAML"),  # a date for yaml
     ],
 )
 def test_bad_config_files(words: dict[str, list[str]], tmp_path: Path, text: str, expected: str) -> None:

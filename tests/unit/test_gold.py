@@ -1,5 +1,7 @@
 """Gold answers: what a data set writes around an answer does not count, and every answer equals itself."""
 
+import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -11,6 +13,7 @@ from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.samples import Rollout
 from tests.data.prompt_sets import write_prompt_sets
 
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
@@ -50,6 +53,13 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 )
 def test_what_is_written_around_an_answer(answer: str, gold: str) -> None:
     assert gold_text(answer) == gold == gold_text(gold)
+
+
+def test_the_examples_of_the_docs() -> None:
+    examples = re.findall(r'^\| `(".*")` \| `(".*")` \|$', DOCS.read_text(), re.MULTILINE)
+    assert len(examples) >= 8
+    for answer, gold in examples:
+        assert gold_text(json.loads(answer)) == json.loads(gold)
 
 
 def test_the_reward_compares_the_gold_text() -> None:

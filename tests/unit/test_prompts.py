@@ -1,6 +1,7 @@
 """Prompt data: what is read, what is refused, and the walk through the epochs."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_bupo.errors import UsageError
 from megatron_bupo.samples import Prompt
 from tests.data.prompt_sets import PROBLEMS, SYSTEM, write_prompt_sets
 
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 WORDS = ["<unk>", "<eos>", "<user>", "<system>", "<go>", "<think>", "one", "two", "three", "plus"]
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -132,6 +134,22 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, 
     with pytest.raises(UsageError) as error:
         load_prompts([file], tokenizer, 8)
     assert f"{file}, {message}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_rows_of_the_docs(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = DOCS.read_text()
+    good = _jsonl(tmp_path / "good.jsonl", *re.findall(r"^    (\{.*\})$", text, re.MULTILINE))
+    assert [(p.answer, p.data_source) for p in load_prompts([good], tokenizer, 20).prompts] == [
+        ("8", None),
+        ("8", "sums"),
+    ]
+    refused = re.findall(r"^\| `(\{.*)` \| (.*) \|$", text, re.MULTILINE)
+    assert len(refused) >= 10
+    for row, reason in refused:
+        bad = _jsonl(tmp_path / "bad.jsonl", row)
+        with pytest.raises(UsageError) as error:
+            load_prompts([bad], tokenizer, 20)
+        assert f"{bad}, row 1: {reason}" in str(error.value)
 
 
 def test_bad_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capfd: Any) -> None:

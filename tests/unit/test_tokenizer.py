@@ -1,6 +1,8 @@
 """The tokenizer of a folder: what its tokenizer.json says, for every family and every class that is named."""
 
 import json
+import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from megatron_bupo.data.tokenizer import PROBES, load_tokenizer, transformers_difference
+from megatron_bupo.conversion.program import report_tokenizer
+from megatron_bupo.data.tokenizer import PROBES, load_tokenizer, transformers_note
 from megatron_bupo.errors import UsageError
+from tests.unit.converting import convert, make_source
 
+ROOT = Path(__file__).parents[2]
 CONFIGS: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -71,16 +76,33 @@ def test_the_file_decides(tmp_path: Path, family: str, name: str | None) -> None
     assert tokenizer.decode(ids) == "<|im_start|>user\n123<|im_end|>\n" and 257 in ids
 
 
-def test_what_transformers_would_load_is_named(tmp_path: Path) -> None:
-    write_folder(tmp_path / "qwen2", "qwen2")
+def test_what_transformers_would_load_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the export: the folder is whole, and its reader is told."""
+    for family in ("qwen2", "llama"):
+        write_folder(tmp_path / family, family)
     split = AutoTokenizer.from_pretrained(str(tmp_path / "qwen2"))("123", add_special_tokens=False)["input_ids"]
-    found = transformers_difference(tmp_path / "qwen2")
-    assert (len(split), found) in [(3, "12"), (1, None)]  # None: a transformers that goes by the file
-    write_folder(tmp_path / "llama", "llama")
-    assert transformers_difference(tmp_path / "llama") is None
+    report_tokenizer(0, str(tmp_path / "qwen2"))
+    found = "(Qwen2Tokenizer) makes other tokens of '12' than tokenizer.json" in capsys.readouterr().out
+    assert found is (len(split) == 3), "a later transformers may go by the file"
+    report_tokenizer(0, str(tmp_path / "llama"))
+    report_tokenizer(1, str(tmp_path / "qwen2"))
+    report_tokenizer(0, str(tmp_path))
+    assert capsys.readouterr().out == ""
     (tmp_path / "llama" / "tokenizer.json").write_text("{")
-    with pytest.raises(UsageError, match=r"llama: its tokenizer cannot be loaded"):
-        transformers_difference(tmp_path / "llama")
+    report_tokenizer(0, str(tmp_path / "llama"))
+    assert "llama: transformers cannot load its tokenizer (" in capsys.readouterr().out
+
+
+def test_the_export_says_what_transformers_would_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "tokenizer", "qwen2")
+    make_source(tmp_path / "source", "qwen2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tmp_path / "tokenizer" / name, tmp_path / "source" / name)
+    convert(tmp_path / "source", tmp_path / "stored")
+    main = runpy.run_path(str(ROOT / "checkpoint_converters" / "megatron_to_hf.py"))["main"]
+    assert main(["--checkpoint", str(tmp_path / "stored"), "--output", str(tmp_path / "back")]) == 0
+    note = transformers_note(tmp_path / "back")  # None: a later transformers that goes by the file
+    assert note is None or capsys.readouterr().out.splitlines()[-1] == note
 
 
 def test_a_configuration_that_changes_the_file_is_refused(tmp_path: Path) -> None:
@@ -113,7 +135,7 @@ def test_the_older_files_alone(tmp_path: Path) -> None:
     one, two = (vocabulary()[digit] for digit in "12")
     assert tokenizer("12", add_special_tokens=False)["input_ids"] == [one, two]
     assert tokenizer.decode(tokenizer("x 12\n\u00e9")["input_ids"]) == "x 12\n\u00e9"
-    assert transformers_difference(folder) is None
+    assert transformers_note(folder) is None
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:

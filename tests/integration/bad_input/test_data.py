@@ -15,11 +15,13 @@ from tests.integration.bad_input.commands import COMMANDS, GOOD_ROW
 
 BAD_PROMPTS = {
     "empty": ("", "no rows in it"),
-    "blank": ("\n\n", "no rows in it"),
+    "blank lines": ("\n\n", "no rows in it"),
     "malformed": (GOOD_ROW + '{"prompt": "w2"', "row 2: not JSON"),
     "no object": (GOOD_ROW + "[1]\n", "row 2: a list instead of a JSON object"),
     "no prompt": ('{"question": "w2", "answer": 1}\n', "row 1: no column 'prompt' (it has: question, answer)"),
     "number": ('{"prompt": 7, "answer": 1}\n', "row 1: 'prompt' is a int"),
+    "blank": ('{"prompt": " ", "answer": 1}\n', "row 1: 'prompt' is empty or blank"),
+    "other encoding": (GOOD_ROW.encode("utf-16").decode("latin-1"), "not UTF-8 text"),
     "messages without template": (
         '{"prompt": [{"role": "user", "content": "w2"}], "answer": 1}\n',
         "the tokenizer has no chat template",
@@ -32,7 +34,7 @@ BAD_PROMPTS = {
 @pytest.mark.parametrize("bad", BAD_PROMPTS)
 def test_prompt_data(bad: str, command: str, case: Path, refused: Callable[..., str]) -> None:
     text, expected = BAD_PROMPTS[bad]
-    (case / "prompts.jsonl").write_text(text)
+    (case / "prompts.jsonl").write_text(text, encoding="latin-1")
     flags = ["--rollout-max-prompt-len", "1"] if bad == "all too long" else []
     assert expected in refused(command, *flags)
 
@@ -41,6 +43,15 @@ def test_prompt_data_that_only_train_refuses(case: Path, refused: Callable[..., 
     assert "--rollout-batch-size 7: the data have 6 prompts" in refused("train", "--rollout-batch-size", "7")
     (case / "prompts.jsonl").write_text('{"prompt": "w2"}\n')
     assert "row 1: neither 'reward_model.ground_truth' nor 'answer'" in refused("train")
+    (case / "prompts.jsonl").write_text(GOOD_ROW + '{"prompt": "w2", "answer": NaN}\n')
+    assert "row 2: neither 'reward_model.ground_truth' nor 'answer'" in refused("train")
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_a_name_is_no_pattern(command: str, case: Path, refused: Callable[..., str]) -> None:
+    (case / "p1.jsonl").write_text(GOOD_ROW * 6)
+    (case / "p[1].jsonl").write_text(GOOD_ROW + "{")
+    assert "p[1].jsonl, row 2: not JSON" in refused(command, "--prompt-data", str(case / "p[1].jsonl"))
 
 
 @pytest.mark.parametrize("command", ["train", "generate"])
@@ -63,6 +74,7 @@ def edit_record(path: Path, **values: Any) -> None:
 BAD_ROLLOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda f: f.write_text(""), "the file is empty"),
     "malformed": (lambda f: f.write_text(f.read_text() + "{\n"), ":5: not JSON"),
+    "UTF-16": (lambda f: f.write_text(f.read_text(), encoding="utf-16"), "not UTF-8 text"),
     "no text": (lambda f: f.write_bytes(b"\xff\xfe\x00"), "not UTF-8 text"),
     "no tokens": (lambda f: edit_record(f, response_tokens=[]), ":4: 'response_tokens' must be a list of at least one"),
     "a key less": (lambda f: edit_record(f, prompt_tokens=None), ":4: the key 'prompt_tokens' is missing"),
