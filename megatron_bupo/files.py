@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, after a power cut too; text read by lines, JSON objects from lines."""
+"""Writing a file whole or not at all, also if the power fails; reading text lines and JSON objects."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it takes that name at the end, in place of what is there.
+    """A temporary path beside `path`, renamed to `path` at the end; an older file of that name is replaced.
 
-    The folder is made where it is missing. After an error nothing is left, and what was there stays.
+    The folder is created where it is missing. After an error the temporary file is removed and an older file is kept.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,9 +36,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 def text_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file with their line ends; a byte-order mark at its start is left out.
-
-    The name is the file's own: nothing in it is a pattern or an address.
+    """The lines of a UTF-8 text file with their line ends, without a byte-order mark at the start.
 
     Raises:
         UsageError: the file is not UTF-8 text.

@@ -1,4 +1,4 @@
-"""The small carriers that travel between data, rollouts, rewards and training."""
+"""The small data classes that data, rollouts, rewards and training pass to each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_bupo.files import json_object
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, tokenized. `index` is its row in the data set: part of every sampling seed."""
+    """One prompt, tokenized. `index` is its row over all data files (from 0) and part of every sampling seed."""
 
     index: int
     tokens: list[int]
@@ -30,8 +30,8 @@ class Rollout:
     """One response to one prompt: a line of a rollout file.
 
     `response_tokens` include the stop token; `response_mask` has 0 for tokens that the policy did not write;
-    `rollout_logprobs` are the engine's, of the full policy at the temperature, before top-p, in nats. `policy` is who
-    wrote the response, in files where several did.
+    `rollout_logprobs` are the engine's, of the full policy at the temperature, before top-p, in nats. `policy` names
+    the policy that wrote the response, in files with responses of several policies.
 
     >>> Rollout.from_json('{"group": 0, "prompt_tokens": [5, 6], "response_tokens": [7], "reward": 1.0}').num_tokens
     3
@@ -71,7 +71,7 @@ class Rollout:
         """Read one line of a rollout file; `where` names file and line in the errors.
 
         Raises:
-            UsageError: no JSON object, a required key missing, or lists that do not fit each other.
+            UsageError: no JSON object, a required key that is missing, or lists of lengths that do not match.
         """
         record = json_object(line, where)
         missing = [key for key in ("group", "prompt_tokens", "response_tokens") if key not in record]

@@ -100,7 +100,7 @@ def span_text(span: list[int] | None) -> str:
 
 
 def write_flow(folder: str | Path, flow: EntropyFlow) -> Path:
-    """FOLDER/entropy_flow.json, written beside and renamed."""
+    """Write FOLDER/entropy_flow.json, whole or not at all; returns its path."""
     path = Path(folder) / FILE_NAME
     with new_file(path) as beside:
         beside.write_text(json.dumps({"schema": SCHEMA, **asdict(flow)}, indent=1) + "\n", encoding="utf-8")
@@ -108,7 +108,7 @@ def write_flow(folder: str | Path, flow: EntropyFlow) -> Path:
 
 
 def read_flow(path: str | Path) -> EntropyFlow:
-    """The flow of a file, or of the folder that it lies in.
+    """Read the flow from a file, or from the entropy_flow.json of a folder.
 
     Raises:
         UsageError: no such file, no UTF-8 text, no JSON, another schema, something missing, or one layer only.

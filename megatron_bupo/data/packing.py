@@ -1,11 +1,11 @@
 """Cut one mini-batch of responses into packed micro-batches, balanced over the data-parallel ranks.
 
-Everything is a pure function of the responses, so that all ranks come to the same plan without talking. A response
-counts its inputs: prompt + response - 1 tokens, since the last token predicts nothing. Three steps:
+The plan is a pure function of the responses, so all ranks compute the same plan without communication. The length of a
+response is the number of its inputs: prompt + response - 1 tokens, since the last token predicts nothing. Three steps:
 
     1. responses -> data-parallel ranks     longest first, to the rank with the fewest tokens
     2. how many micro-batches               first-fit-decreasing into `max_tokens`; the most that any rank needs
-    3. responses -> micro-batches           longest first again, now into that many, to keep them alike
+    3. responses -> micro-batches           longest first again, into that many micro-batches of similar length
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def split_mini_batches(rollouts: list[Rollout], global_batch_size: int) -> list[
 def pack_for(state: ParallelState, rollouts: list[Rollout], max_tokens: int, offset: int = 0) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of one mini-batch, on its device.
 
-    Sequence parallelism wants lengths that TP divides, a pipeline one length for all, virtual stages a number of
-    micro-batches that PP divides.
+    Sequence parallelism needs lengths that are divisible by TP; a pipeline needs one length for all micro-batches;
+    virtual stages need a number of micro-batches that is divisible by PP.
     """
     every_rank = pack(
         rollouts,
@@ -64,18 +64,19 @@ def pack(
     """Pack one mini-batch.
 
     Args:
-        max_tokens: most tokens of a micro-batch, padding to `multiple` included; a longer response travels alone.
+        max_tokens: most tokens of a micro-batch, padding to `multiple` included; a longer response is a micro-batch
+            of its own.
         dp_size: number of data-parallel ranks.
         multiple: every micro-batch is padded to a multiple of this (TP under sequence parallelism).
-        equal_length: pad all micro-batches of all ranks to the longest (what a pipeline needs).
+        equal_length: pad all micro-batches of all ranks to the longest (a pipeline needs it).
         group_count_multiple: the number of micro-batches of a rank is a multiple of this (PP under VPP).
-        pad_token: id of the padding's tokens; nothing is predicted from them.
+        pad_token: id of the padding tokens; no token is predicted from them.
         offset: position of `rollouts[0]` in the rollout batch.
 
     Returns:
-        One list of micro-batches per data-parallel rank, all of the same length. Where a rank has fewer responses
-        than micro-batches, the rest are empty: padding alone, R = 0. Responses stand in record order within a
-        micro-batch.
+        One list of micro-batches per data-parallel rank, all lists of the same length. Where a rank has fewer
+        responses than micro-batches, the other micro-batches hold padding only (R = 0). Responses are in record order
+        within a micro-batch.
     """
     assert rollouts and max_tokens >= 1 and dp_size >= 1 and multiple >= 1 and group_count_multiple >= 1
     lengths = [rollout.num_tokens - 1 for rollout in rollouts]
@@ -98,7 +99,10 @@ def _longest_first(members: list[int], lengths: list[int]) -> list[int]:
 
 
 def _balance(members: list[int], lengths: list[int], num_bins: int) -> list[list[int]]:
-    """Longest first, each to the bin with the fewest tokens: the fullest is within 4/3 of the best (Graham 1969)."""
+    """Longest first, each to the bin with the fewest tokens.
+
+    The largest bin has at most 4/3 of the tokens that it has in the best plan (Graham 1969).
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0, number) for number in range(num_bins)]
     for i in _longest_first(members, lengths):
@@ -109,7 +113,7 @@ def _balance(members: list[int], lengths: list[int], num_bins: int) -> list[list
 
 
 def _first_fit(members: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
-    """First-fit-decreasing: bins of at most `capacity` tokens; what is longer has a bin of its own."""
+    """First-fit-decreasing: bins of at most `capacity` tokens; a longer response has a bin of its own."""
     bins: list[list[int]] = []
     tokens: list[int] = []
     for i in _longest_first(members, lengths):
@@ -127,7 +131,7 @@ def _first_fit(members: list[int], lengths: list[int], capacity: int) -> list[li
 def _spread(
     members: list[int], fitted: list[list[int]], lengths: list[int], count: int, capacity: int
 ) -> list[list[int]]:
-    """Even bins where they respect the capacity (less padding, no idle micro-batch), else the fitted ones."""
+    """Balanced bins if they respect the capacity (less padding, no empty micro-batch), else the fitted bins."""
     even = _balance(members, lengths, count)
     if all(len(bin_) <= 1 or sum(lengths[i] for i in bin_) <= capacity for bin_ in even):
         return even
@@ -137,7 +141,7 @@ def _spread(
 def _micro_batch(
     rollouts: list[Rollout], members: list[int], least: int, multiple: int, pad_token: int, offset: int
 ) -> MicroBatch:
-    """Lay responses one after the other; pad to at least `least` tokens and to a multiple."""
+    """Responses one after the other, padded to at least `least` tokens and to a multiple of `multiple`."""
     members = sorted(members)
     tokens: list[int] = []
     cu_seqlens = [0]

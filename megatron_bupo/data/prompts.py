@@ -1,4 +1,4 @@
-"""Prompts from parquet and JSON-lines files, tokenized; which of them a step takes is a pure function of the step."""
+"""Prompts from parquet and JSON-lines files, tokenized. The prompts of a step are a pure function of the step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_bupo.samples import Prompt
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts that are short enough, in file order, and how many were not."""
+    """The prompts that are short enough, in file order, and the number of those that were too long."""
 
     prompts: list[Prompt]
     num_dropped: int
@@ -34,13 +34,13 @@ class PromptSet:
         return np.random.default_rng([seed, epoch]).permutation(len(self.prompts)).tolist()
 
     def batch(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
-        """The prompts of a step (from 1), which walks on through the epochs without a gap.
+        """The prompts of a step (from 1). Each step continues where the step before it ended, through all epochs.
 
-        A pure function of its arguments: a resumed run needs no cursor. Only where an epoch ends within the batch may
-        a prompt occur twice in it.
+        A pure function of its arguments: a resumed run has no position to restore. A prompt can occur twice in a batch
+        only if an epoch ends within the batch.
 
         Raises:
-            UsageError: a batch larger than the set.
+            UsageError: a batch that is larger than the set.
         """
         assert step >= 1 and batch_size >= 1, f"step {step}, batch size {batch_size}"
         if batch_size > len(self.prompts):
@@ -55,7 +55,7 @@ class PromptSet:
         return [self.prompts[position] for position in walk[start : start + batch_size]]
 
     def fingerprint(self) -> str:
-        """sha256 over rows, tokens and answers: equal exactly if training sees the same data."""
+        """sha256 over rows, tokens, answers and data sources: equal if and only if training sees the same data."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(json.dumps([prompt.index, prompt.tokens, prompt.answer, prompt.data_source]).encode())
@@ -80,10 +80,10 @@ def load_prompts(
         files: parquet or JSON lines (.jsonl, .json), read one after the other.
         max_prompt_len: prompts with more tokens are dropped and counted.
         require_answer: whether a row without answer is an error.
-        show_progress: a progress bar (for rank 0).
+        show_progress: whether to show a progress bar (rank 0 does).
 
     Returns:
-        Prompts whose `index` is the row over all files (from 0), dropped ones counted too.
+        Prompts whose `index` is the row over all files (from 0); dropped rows count too.
 
     Raises:
         UsageError: naming file and row: a file that cannot be read or has no rows, a column that is missing, blank or

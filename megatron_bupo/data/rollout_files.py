@@ -22,12 +22,12 @@ def step_file(directory: str | Path, step: int) -> Path:
 
 
 def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
-    """Write one record a line. The file appears whole or not at all; its folder is made where it is missing."""
+    """Write one record a line. The file appears whole or not at all; its folder is created where it is missing."""
     write_lines(path, (rollout.to_json() for rollout in rollouts))
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Write a text file that appears whole or not at all; its folder is made where it is missing."""
+    """Write a text file that appears whole or not at all; its folder is created where it is missing."""
     with new_file(path) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line}\n" for line in lines)
 
@@ -39,7 +39,7 @@ def read_rollouts(path: str | Path, vocab_size: int | None = None) -> list[Rollo
         vocab_size: number of rows of the model's embedding; token ids from there on are refused.
 
     Raises:
-        UsageError: no such file, no text, no record, or a bad record (named as FILE:LINE).
+        UsageError: a missing file, one that is no UTF-8 text or has no record, or a bad record (named as FILE:LINE).
     """
     rollouts = []
     for number, line in enumerate(_lines(Path(path)), start=1):
@@ -52,7 +52,7 @@ def read_rollouts(path: str | Path, vocab_size: int | None = None) -> list[Rollo
 
 
 def check_replay(directory: str | Path, train_iters: int, num_responses: int, vocab_size: int | None = None) -> None:
-    """Make sure, before anything starts, that a replay of `train_iters` steps can run to its end.
+    """Check, before anything starts, that a replay of `train_iters` steps has every record that it needs.
 
     Args:
         num_responses: responses a step (rollout-batch-size x n-samples-per-prompt), the lines that each file must have.
@@ -75,7 +75,7 @@ def check_replay(directory: str | Path, train_iters: int, num_responses: int, vo
 
 
 def replay_fingerprints(directory: str | Path, train_iters: int) -> list[str]:
-    """sha256 of each step's file of a replay: equal exactly if training sees the same rollouts."""
+    """sha256 of each step's file of a replay: equal if and only if training sees the same rollouts."""
     files = (step_file(directory, step) for step in range(1, train_iters + 1))
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 

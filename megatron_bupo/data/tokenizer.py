@@ -96,10 +96,9 @@ def _difference(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
     file = Tokenizer.from_file(str(folder / FILE))
     file.no_truncation()
     file.no_padding()
-    known = file.get_vocab()
     own = [token.content for token in file.get_added_tokens_decoder().values()]
-    # Tokens that the configuration alone adds are the folder's too: what is said with them cannot be compared.
-    added = [token for token in tokenizer.get_vocab() if token not in known]
+    # Tokens that the configuration alone adds are the folder's too: a text with one of them cannot be compared.
+    added = [token for token in tokenizer.added_tokens_encoder if file.token_to_id(token) is None]
     markers = _MARKER.findall(str(tokenizer.chat_template))
     for probe in (*PROBES, *own, *(f"a {token} 12{token}b" for token in own), *markers):
         if any(token in probe for token in added):
