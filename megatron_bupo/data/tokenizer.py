@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from megatron_bupo.errors import UsageError
 
@@ -26,12 +27,13 @@ PROBES = (
     "\u03b1\u03b2 \u2211\u222b\u2264\u221e", "\U0001f44d\U0001f3fd\U0001f1eb\U0001f1f7", "<s> </s> [INST] <think>",
 )  # fmt: skip
 
+_VOCABULARIES = ((FILE,), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what a chat template sets around a message
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a tokenizer is in a HuggingFace folder."""
-    return any((Path(folder) / name).is_file() for name in (FILE, CONFIG))
+    """Whether a tokenizer is in a HuggingFace folder: a vocabulary, which tokenizer_config.json has none of."""
+    return any(all((Path(folder) / name).is_file() for name in names) for names in _VOCABULARIES)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -46,15 +48,16 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give a HuggingFace folder (config, tokenizer, safetensors)")
     if not has_tokenizer(folder):
-        raise UsageError(f"{folder}: no tokenizer ({FILE}, {CONFIG}) in it")
+        raise UsageError(f"{folder}: no tokenizer in it; give a folder with {FILE}")
     kind = PreTrainedTokenizerFast if (folder / FILE).is_file() else AutoTokenizer
     try:
         vocab_size = AutoConfig.from_pretrained(str(folder), local_files_only=True).vocab_size
-        tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = _load(kind, folder)
         largest = max(tokenizer.get_vocab().values())
         odd = _difference(tokenizer, folder)
     except Exception as error:  # the Rust side of tokenizers raises bare Exception
-        raise UsageError(f"{folder}: its config or tokenizer cannot be loaded ({_reason(error)})") from error
+        hint = "" if (folder / FILE).is_file() else f"; give a folder with {FILE}"
+        raise UsageError(f"{folder}: its config or tokenizer cannot be loaded ({_reason(error)}){hint}") from error
     if odd is not None:
         raise UsageError(
             f"{folder}: {CONFIG} makes other tokens of {odd!r} than {FILE} does; remove the setting that does it, such "
@@ -73,7 +76,7 @@ def transformers_note(folder: str | Path) -> str | None:
     if not (Path(folder) / FILE).is_file():
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = _load(AutoTokenizer, Path(folder))
         odd = _difference(tokenizer, Path(folder))
     except Exception as error:  # the Rust side of tokenizers raises bare Exception
         return f"{folder}: transformers cannot load its tokenizer ({_reason(error)})"
@@ -83,6 +86,15 @@ def transformers_note(folder: str | Path) -> str | None:
         f"{folder}: AutoTokenizer ({type(tokenizer).__name__}) makes other tokens of {odd!r} than {FILE} does; "
         "PreTrainedTokenizerFast.from_pretrained goes by the file"
     )
+
+
+def _load(kind: type[PreTrainedTokenizerFast | AutoTokenizer], folder: Path) -> PreTrainedTokenizerBase:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its warnings would come on top of the one line
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ def test_a_name_is_that_files_and_no_other(tmp_path: Path, folder: str, suffix: 
     (tmp_path / folder / f"b[1]{suffix}").unlink()
     with pytest.raises(UsageError, match="no such file"):
         list(read_rows(tmp_path / folder / f"b[1]{suffix}"))
+
+
+def test_a_name_need_not_be_text(tmp_path: Path) -> None:
+    file = write(tmp_path / os.fsdecode(b"\xff.jsonl"), prompt=["x"])
+    assert list(read_rows(file)) == [(f"{file}, row 1", {"prompt": "x"})]
 
 
 @pytest.mark.parametrize("name", NAMES)

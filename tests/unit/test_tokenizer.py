@@ -138,12 +138,23 @@ def test_the_older_files_alone(tmp_path: Path) -> None:
     assert transformers_note(folder) is None
 
 
+def test_older_files_that_cannot_be_read_end_with_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "hf"
+    LlamaConfig(vocab_size=VOCAB_SIZE).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(UsageError, match=r"cannot be loaded \(.*\); give a folder with tokenizer\.json$") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value) and capfd.readouterr().err == ""
+
+
 def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         load_tokenizer(tmp_path / "none")
     folder = tmp_path / "hf"
     LlamaConfig(vocab_size=3).save_pretrained(folder)
-    with pytest.raises(UsageError, match=r"no tokenizer \(tokenizer.json"):
+    write_config(folder, tokenizer_class="LlamaTokenizer")  # of this alone transformers makes a tokenizer of 3 tokens
+    (folder / "vocab.json").write_text(json.dumps(vocabulary()))  # and of this one that joins no two characters
+    with pytest.raises(UsageError, match=r"hf: no tokenizer in it; give a folder with tokenizer\.json"):
         load_tokenizer(folder)
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "plus": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
