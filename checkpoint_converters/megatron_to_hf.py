@@ -11,46 +11,31 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 
-from megatron_bupo.conversion.program import DTYPES, Parser, layout_of, report, report_tokenizer, run_program
+from megatron_bupo.config.converters import MegatronToHFConfig
+from megatron_bupo.conversion.program import report, run_converter
+from megatron_bupo.policy_spec import PolicySpec
 
-PROG = "megatron_to_hf.py"
 
-
-def main(words: Sequence[str]) -> int:
-    parser = Parser(PROG, "distributed checkpoint of megatron-core -> HuggingFace folder")
-    parser.add_folder("--checkpoint", "a converted checkpoint, or a training run's --save folder")
-    parser.add_folder("--output", "written: a HuggingFace folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: the source's, or the training's)")
-    parser.add_argument("--policy", metavar="SPEC", help="layer:L, attn:L or ffn:L (also with @norm) as its own model")
-    parser.add_layout("the processes share the work in any layout; only their number must fit")
-    parser.add_force()
-    arguments = parser.parse_args(words)
-    parallel = layout_of(arguments)
-
+def run(config: MegatronToHFConfig) -> None:
     import torch
 
-    from megatron_bupo.config.train import check_world
     from megatron_bupo.conversion.convert import megatron_to_hf
     from megatron_bupo.conversion.policy_export import export_policy
     from megatron_bupo.conversion.workers import launched
 
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    source, output, force = arguments.checkpoint, arguments.output, arguments.force
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    source, output, force = config.checkpoint, config.output, config.force
     with launched() as ranks:
-        check_world(parallel, ranks.world_size)
         started = time.monotonic()
-        if arguments.policy is None:
+        if config.policy is None:
             num_bytes = megatron_to_hf(source, output, ranks, dtype, force)
         else:
-            num_bytes = export_policy(source, output, arguments.policy, ranks, dtype, force)
+            num_bytes = export_policy(source, output, PolicySpec.parse(config.policy), ranks, dtype, force)
         report(ranks.rank, output, num_bytes, started)
-        report_tokenizer(ranks.rank, output)
-        if arguments.policy is not None and ranks.rank == 0:
+        if config.policy is not None and ranks.rank == 0:
             print(f"{output} has a modeling file of its own: load it with trust_remote_code=True")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(PROG, main))
+    sys.exit(run_converter("megatron_to_hf.py", MegatronToHFConfig, run))

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
-import signal
 import sys
-import time
 from collections.abc import Sequence
 
 from megatron_bupo import __version__
 from megatron_bupo.config.command_line import COMMANDS, parse
-from megatron_bupo.config.train import ParallelConfig, TrainConfig, check_world
+from megatron_bupo.config.program import exit_code
 from megatron_bupo.errors import UsageError
 
 DESCRIPTIONS = {
@@ -28,9 +25,6 @@ DESCRIPTIONS = {
     "plot": "redraws figures from the numbers of one or more runs, no model needed",
     "select-layer": "the suggested internal layer, with its reasons",
 }
-USAGE_ERROR, INTERRUPTED = 2, 130
-# torchrun ends every process as soon as one has ended: the others wait this long for the first one's line.
-FIRST_RANK_SPEAKS_S = 20.0
 
 
 def _help() -> str:
@@ -54,33 +48,12 @@ def _run(words: Sequence[str]) -> None:
     if command not in COMMANDS:
         raise UsageError(f"{command}: is not there yet; the commands are {', '.join(COMMANDS)}")
     config = parse(command, words[1:])
-    parallel = getattr(config, "parallel", None)
-    # A dry run in one process tells about any layout: only a launched one must fit.
-    alone = isinstance(config, TrainConfig) and config.run.dry_run and "WORLD_SIZE" not in os.environ
-    if isinstance(parallel, ParallelConfig) and not alone:
-        check_world(parallel, int(os.environ.get("WORLD_SIZE", "1")))
     importlib.import_module(f"megatron_bupo.commands.{command.replace('-', '_')}").run(config)
-
-
-def _report(error: UsageError) -> None:
-    """One line on stderr from the first rank; from another one only if the first finds nothing wrong."""
-    if os.environ.get("RANK", "0") != "0":
-        # What torchrun sends when the first rank has ended: this one found the same, and ends the same.
-        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(USAGE_ERROR))
-        time.sleep(FIRST_RANK_SPEAKS_S)
-    print(f"megatron-bupo: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for bad input (one line on rank 0's stderr) or 130 for Ctrl-C."""
-    try:
-        _run(sys.argv[1:] if words is None else words)
-    except UsageError as error:
-        _report(error)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+    return exit_code("megatron-bupo", lambda: _run(sys.argv[1:] if words is None else words))
 
 
 if __name__ == "__main__":

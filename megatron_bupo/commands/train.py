@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 from megatron_bupo.analysis.flow_file import EntropyFlow, write_flow
 from megatron_bupo.architectures.architecture import Architecture, check_layout
 from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config import launch
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.errors import UsageError
-from megatron_bupo.parallel.setup import ParallelState, parallel_state, world_size_from_environment
+from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.rewards.runner import RewardFunction
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.source import FirstStepKept, RolloutSource
@@ -62,14 +62,14 @@ def run(config: TrainConfig) -> None:
     for step in start.ended:
         schedule = schedule.ended_before(step)
     if config.run.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if launch.rank() == 0:
             from megatron_bupo.training.plan import describe_plan
 
             phases = schedule.describe()
             if is_open:
                 stand_in = str(schedule.specs[0])
                 phases = phases.replace(stand_in, stand_in.replace(":1", ":auto"))
-            print(describe_plan(config, arch, phases, world_size_from_environment(), start.done))
+            print(describe_plan(config, arch, phases, launch.world_size(), start.done))
         return
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     with (
@@ -142,7 +142,7 @@ def _check_data(config: TrainConfig, arch: Architecture) -> PromptSet | None:
         return None
     assert config.data.prompt_data is not None
     tokenizer = load_tokenizer(config.model.hf_model)
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = launch.rank() == 0
     prompts = load_prompts(
         config.data.prompt_data, tokenizer, config.data.rollout_max_prompt_len, show_progress=is_first
     )

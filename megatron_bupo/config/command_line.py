@@ -1,9 +1,9 @@
-"""From the command line and a YAML file to a checked configuration, built from the declarations in config.py.
+"""From the command line and a YAML file to a checked configuration, built from the declared flags (flags.py).
 
     parse("train", ["--hf-model", "DIR", "--train-iters", "30", ...]) -> TrainConfig
 
-argparse only splits words and reads numbers; what a value may be stands with its flag (flags.py). Every complaint is
-a UsageError of one line. Not taken over from argparse: abbreviations of flags, and its usage text before an error.
+argparse only splits words and reads numbers; what a value may be is declared with its flag. Every error is a
+UsageError of one line. Of argparse two things are switched off: abbreviated flags, and the usage text before an error.
 """
 
 from __future__ import annotations
@@ -99,15 +99,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{name} {reason}" if ": must be" in reason else f"{name}: {reason}")
 
 
-def build_parser(command: str) -> argparse.ArgumentParser:
-    """The parser of a command; flags that are not given leave no attribute behind."""
-    config = COMMANDS[command]
-    parser = _Parser(
-        prog=f"megatron-bupo {command}",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        usage="%(prog)s [flags]",
-    )
+def _build_parser(config: type[Group], prog: str) -> argparse.ArgumentParser:
+    """The parser of a program's flags; a flag that is not given becomes no attribute."""
+    parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]")
     parser.add_argument("--config", metavar="FILE.yaml", help="the same names in a file; the command line wins")
     sections: dict[str, argparse._ArgumentGroup] = {}
     for flag in flags_of(config):
@@ -129,15 +123,15 @@ def _add_flag(section: argparse._ArgumentGroup, flag: _Flag) -> None:
         section.add_argument(flag_name(flag.name), type=reader, nargs=nargs, metavar=flag.metavar, help=help_text)
 
 
-def _read_words(command: str, words: Sequence[str], given: argparse.Namespace) -> None:
-    """Fill `given` from the words; UsageError for words that are no flags of this command."""
-    _, unknown = build_parser(command).parse_known_args(_join_negative_numbers(words), given)
+def _read_words(config: type[Group], words: Sequence[str], prog: str) -> dict[str, Any]:
+    """Names and values of the flags in the words; UsageError for words that are no flags of this program."""
+    given, unknown = _build_parser(config, prog).parse_known_args(_join_negative_numbers(words))
     if not unknown:
-        return
+        return vars(given)
     word = unknown[0].partition("=")[0]
     if not word.startswith("--"):
         raise UsageError(f"{word}: flags begin with -- and no flag takes this word; see --help")
-    known = ["--config", *(flag_name(flag.name) for flag in flags_of(COMMANDS[command]))]
+    known = ["--config", *(flag_name(flag.name) for flag in flags_of(config))]
     raise UsageError(f"{word}: {_no_such('flag', word, known)}")
 
 
@@ -215,24 +209,25 @@ def _fill(config: type[_GroupT], given: dict[str, Any]) -> _GroupT:
 
 
 def parse(command: str, words: Sequence[str]) -> Group:
-    """The checked configuration of a command (an instance of COMMANDS[command]) from the words after its name.
+    """`read_flags` of the command: an instance of COMMANDS[command] from the words after its name."""
+    return read_flags(COMMANDS[command], words, f"megatron-bupo {command}")
+
+
+def read_flags(config: type[_GroupT], words: Sequence[str], prog: str) -> _GroupT:
+    """The checked configuration of a program from its command line; `prog` is its name in --help.
 
     Raises:
         UsageError: an unknown flag, a value or combination that is not allowed, a missing flag or file.
         SystemExit: 0, after --help was printed.
     """
-    config = COMMANDS[command]
-    given = argparse.Namespace()
-    typed = argparse.Namespace()
-    _read_words(command, words, typed)
-    path = vars(typed).pop("config", None)
+    values = _read_words(config, words, prog)
+    path = values.pop("config", None)
     if path is not None:
         from_file = _yaml_words(path, config)
         try:
-            _read_words(command, from_file, given)
+            values = _read_words(config, from_file, prog) | values
         except UsageError as error:
             raise UsageError(f"--config {path}: {error}") from error
-    values = vars(given) | vars(typed)
     missing = [flag for flag in flags_of(config) if flag.required and flag.name not in values]
     if missing:
         listed = ", ".join(f"{flag_name(flag.name)} {flag.metavar}" for flag in missing)

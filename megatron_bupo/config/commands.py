@@ -1,11 +1,11 @@
-"""The flags of the commands beside `train`, declared as in config.py."""
+"""The flags of the commands other than `train`, declared as in train.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bupo.config.flags import Group, check_file, check_folder, check_output, flag, same_flag
+from megatron_bupo.config.flags import Group, check_file, check_output_file, check_output_folder, flag, same_flag
 from megatron_bupo.config.train import (
     BatchConfig,
     DataConfig,
@@ -33,9 +33,10 @@ class ScoreConfig(Group):
 
     def check(self) -> None:
         super().check()
+        self.parallel.check_world()
         PolicySpec.parse(self.policy)
         check_file("rollouts", self.rollouts)
-        check_output("output", self.output)
+        check_output_file("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class GenerateConfig(Group):
         if len(set(self.policies)) < len(self.policies):
             raise UsageError(f"--policy {' '.join(self.policy or [])}: give each policy once")
         check_data_files(self.prompt_data)
-        check_output("output", self.output)
+        check_output_file("output", self.output)
 
     @property
     def policies(self) -> list[PolicySpec]:
@@ -98,13 +99,14 @@ class EntropyFlowConfig(Group):
 
     def check(self) -> None:
         super().check()
+        self.parallel.check_world()
         if self.rollouts is not None:
             check_file("rollouts", self.rollouts)
         check_data_files(self.prompt_data)
         if (self.rollouts is None) == (self.prompt_data is None):
             given = "nothing" if self.rollouts is None else "both --rollouts and --prompt-data"
             raise UsageError(f"{given} to measure on: give --rollouts FILE or --prompt-data FILE...")
-        check_folder("output", self.output, taken="entropy_flow.json")
+        check_output_folder("output", self.output, taken="entropy_flow.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ class PlotConfig(Group):
         for run in self.runs or []:
             if not (Path(run) / "metrics.jsonl").is_file():
                 raise UsageError(f"--runs {run}: has no metrics.jsonl; give the --save folder of a training run")
-        check_folder("output", self.output)
+        check_output_folder("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,19 @@
 """How a flag is declared as a dataclass field, and how its value is checked.
 
-Nothing here or in config.py imports torch or Megatron: a mistyped flag must not cost the seconds of those imports.
+Nothing in this folder imports torch or Megatron: a mistyped flag must not cost the seconds of those imports.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_bupo.config import launch
 from megatron_bupo.errors import UsageError
 
 
@@ -88,21 +90,60 @@ def check_file(name: str, path: str) -> None:
         raise UsageError(f"{flag_name(name)} {path}: the file {found}; give an existing file")
 
 
-def check_output(name: str, path: str) -> None:
-    """Raise UsageError unless a file could be written at `path`."""
-    if Path(path).is_dir():
-        raise UsageError(f"{flag_name(name)} {path}: is a folder; give the name of a file")
-    check_folder(name, str(Path(path).absolute().parent))
+def check_output_file(name: str, path: str) -> None:
+    """Raise UsageError unless a file can be written at `path`, in place of the one that may be there."""
+    _try_writing(name, path, Path(path).absolute().parent)
+    if Path(path).exists() and not Path(path).is_file():
+        kind = "a folder" if Path(path).is_dir() else "no regular file"
+        raise UsageError(f"{flag_name(name)} {path}: is {kind}; give the name of a file")
 
 
-def check_folder(name: str, path: str | None, taken: str | None = None) -> None:
-    """Raise UsageError unless a folder could be made at `path`; `taken` is what an earlier run leaves there."""
+def check_output_folder(name: str, path: str | None, taken: str | None = None) -> None:
+    """Raise UsageError unless files can be written into a folder at `path`; `taken` is what an earlier run leaves."""
     if path is None:
         return
-    nearest = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise UsageError(f"{flag_name(name)} {path}: {nearest} is a file, not a folder; choose another place")
-    if not os.access(nearest, os.W_OK):
-        raise UsageError(f"{flag_name(name)} {path}: {nearest} may not be written; choose another place")
+    _try_writing(name, path, Path(path).absolute())
     if taken is not None and (Path(path) / taken).exists():
         raise UsageError(f"{flag_name(name)} {path}: already holds {taken} of an earlier run; choose another folder")
+
+
+def check_new_folder(name: str, path: str | None) -> None:
+    """Raise UsageError unless a folder can be written beside `path` and then take its name."""
+    if path is not None:
+        _try_writing(name, path, Path(path).absolute().parent)
+
+
+def _try_writing(name: str, path: str, folder: Path) -> None:
+    """Raise UsageError unless a new folder with a file fits into `folder`, or into the nearest one above it.
+
+    They are really written, and removed again: permissions do not tell about root under /proc, full disks and read-only
+    ones. They have another name than `path`, which other ranks may be looking for. Only the first rank writes.
+    """
+    nearest, target = folder, Path(path).absolute()
+    try:
+        _is_there(target.parent / f".{target.name}.{os.getpid()}.partial")  # what is written takes its name at the end
+        while not _is_there(nearest):
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            kind = "file" if nearest.exists() else "link to nothing"
+            raise UsageError(f"{flag_name(name)} {path}: {nearest} is a {kind}, not a folder; choose another place")
+        if launch.rank() == 0:
+            with (
+                tempfile.TemporaryDirectory(dir=nearest, prefix=".megatron-bupo-") as trial,
+                (Path(trial) / "file").open("wb") as file,
+            ):
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        reason = f"nothing can be written in {nearest} ({error.strerror})"
+        raise UsageError(f"{flag_name(name)} {path}: {reason}; choose another place") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this name, a link to nothing too; OSError where nothing can have it."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

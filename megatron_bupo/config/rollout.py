@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_bupo.config.flags import Group, flag, flag_name
+from megatron_bupo.config.flags import Group, check_output_folder, flag, flag_name
 from megatron_bupo.errors import UsageError
 
 
@@ -97,6 +97,7 @@ class SGLangConfig(Group):
             )
         if self.weight_sync_dir is not None and self.weight_sync != "disk":
             raise UsageError(f"--weight-sync-dir {self.weight_sync_dir}: goes only with --weight-sync disk")
+        check_output_folder("weight_sync_dir", self.weight_sync_dir)
 
     def check_engine(self, engine: str, save: str | None) -> None:
         """Raise UsageError unless these flags fit the engine that was chosen; `save` is the run's folder."""

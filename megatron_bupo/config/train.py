@@ -1,8 +1,8 @@
 """The flags: small frozen dataclasses, grouped by who uses them, so that no argument namespace travels.
 
 Every flag is declared once: its name (the field's, with dashes), default, help text and allowed values. The command
-line (cli.py) is built from these declarations. `check()` refuses values, combinations and paths that cannot be; what
-needs the contents of a file (layers against the model, lines of a rollout file) is checked where that file is read.
+line (command_line.py) is built from these declarations. `check()` refuses values, combinations and paths that cannot
+be; what needs the contents of a file (layers against the model, rollouts) is checked where that file is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bupo.config.flags import Group, check_file, check_folder, flag
+from megatron_bupo.config import launch
+from megatron_bupo.config.flags import Group, check_file, check_new_folder, check_output_folder, flag
 from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
 from megatron_bupo.config.stop_bounds import StopBound
 from megatron_bupo.errors import UsageError
@@ -30,6 +31,14 @@ def check_data_files(paths: list[str] | None) -> None:
         check_file("prompt_data", path)
 
 
+def check_hf_model(path: str) -> None:
+    """Raise UsageError unless --hf-model is a folder with a config.json."""
+    if not Path(path).is_dir():
+        raise UsageError(f"--hf-model {path}: no such folder; give a HuggingFace folder on this machine")
+    if not (Path(path) / "config.json").is_file():
+        raise UsageError(f"--hf-model {path}: has no config.json; give a HuggingFace folder")
+
+
 @dataclass(frozen=True)
 class ModelConfig(Group):
     """model"""
@@ -39,10 +48,7 @@ class ModelConfig(Group):
 
     def check(self) -> None:
         super().check()
-        if not Path(self.hf_model).is_dir():
-            raise UsageError(f"--hf-model {self.hf_model}: no such folder; give a HuggingFace folder on this machine")
-        if not (Path(self.hf_model) / "config.json").is_file():
-            raise UsageError(f"--hf-model {self.hf_model}: has no config.json; give a HuggingFace folder")
+        check_hf_model(self.hf_model)
 
 
 @dataclass(frozen=True)
@@ -83,16 +89,19 @@ class ParallelConfig(Group):
             given = f"--recompute-method {method}" if method else f"--recompute-num-layers {layers}"
             raise UsageError(f"{given}: goes only with --recompute-granularity full")
 
-
-def check_world(parallel: ParallelConfig, world_size: int) -> None:
-    """Raise UsageError unless the launched processes make whole replicas of the model."""
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    replica = tensor * pipeline
-    if world_size % replica:
-        raise UsageError(
-            f"{world_size} process(es) for --tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size "
-            f"{pipeline}: start a multiple of {replica}, as with torchrun --nproc-per-node {replica}"
+    def check_world(self) -> None:
+        """Raise UsageError unless the launched processes make whole replicas of the model."""
+        tensor, pipeline, processes = (
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            launch.world_size(),
         )
+        replica = tensor * pipeline
+        if processes % replica:
+            raise UsageError(
+                f"{processes} process(es) for --tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size "
+                f"{pipeline}: start a multiple of {replica}, as with torchrun --nproc-per-node {replica}"
+            )
 
 
 @dataclass(frozen=True)
@@ -250,9 +259,9 @@ class RunConfig(Group):
                 f"--entropy-flow-interval {self.entropy_flow_interval}: goes to --save DIR or --tensorboard-dir DIR; "
                 "give one"
             )
-        check_folder("save", self.save, taken=None if self.continues else "metrics.jsonl")
-        check_folder("save_hf", self.save_hf, taken="config.json")
-        check_folder("tensorboard_dir", self.tensorboard_dir)
+        check_output_folder("save", self.save, taken=None if self.continues else "metrics.jsonl")
+        check_new_folder("save_hf", self.save_hf)
+        check_output_folder("tensorboard_dir", self.tensorboard_dir)
 
     @property
     def continues(self) -> bool:
@@ -277,9 +286,12 @@ class TrainConfig(Group):
 
     def check(self) -> None:
         super().check()
+        # A dry run in one process may describe any layout: only launched ones must fit.
+        if launch.is_launched() or not self.run.dry_run:
+            self.parallel.check_world()
         # A run that goes on writes the rollouts of its last steps again.
         taken = None if self.run.continues else "step_000001.jsonl"
-        check_folder("save_rollouts", self.rollout.save_rollouts, taken=taken)
+        check_output_folder("save_rollouts", self.rollout.save_rollouts, taken=taken)
         self.sglang.check_engine(self.rollout.rollout_engine, self.run.save)
         self._check_source()
         self._check_sizes()

@@ -18,7 +18,6 @@ from megatron_bupo.architectures.table import WeightTable, table_for
 from megatron_bupo.conversion.convert import write_hf
 from megatron_bupo.conversion.stored_model import StoredModel
 from megatron_bupo.conversion.workers import Ranks
-from megatron_bupo.errors import UsageError
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.weights.checkpoint_tree import find_checkpoint
 from megatron_bupo.weights.hf_files import copy_companions, write_config
@@ -68,19 +67,20 @@ _STATES = {"layer": "H", "attn": "A", "ffn": "F"}
 def export_policy(
     checkpoint: str | Path,
     output: str | Path,
-    policy: str,
+    spec: PolicySpec,
     ranks: Ranks,
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> int:
-    """Write a HuggingFace folder whose logits are those of `policy` (layer:6: H_6 W^T); the bytes of its tensors.
+    """Write a HuggingFace folder whose logits are those of an internal policy (layer:6: H_6 W^T).
+
+    Returns:
+        The number of bytes of its tensors.
 
     Raises:
-        UsageError: as `megatron_to_hf`; a policy that is none, or the full one, or above the last layer.
+        UsageError: as `megatron_to_hf`; a policy above the last layer.
     """
-    spec = PolicySpec.parse(policy)
-    if spec.is_full:
-        raise UsageError("--policy full: is the whole model; leave the flag out")
+    assert not spec.is_full
     found = find_checkpoint(checkpoint)
     arch = Architecture.from_hf(found.hf)
     spec.check(arch.num_layers)

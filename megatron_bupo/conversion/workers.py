@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_bupo.config.train import ParallelConfig, check_world
+from megatron_bupo.config import launch
+from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.conversion.stored_model import Slot
 from megatron_bupo.errors import UsageError
 
@@ -54,9 +54,9 @@ class Ranks:
 
     def slot(self, parallel: ParallelConfig) -> Slot | None:
         """This rank's place in megatron-core's order (TP, DP, PP); None where another replica does the same."""
-        check_world(parallel, self.world_size)
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        replicas = self.world_size // (tensor * pipeline)
+        replicas, rest = divmod(self.world_size, tensor * pipeline)
+        assert rest == 0, "ParallelConfig.check_world"
         if self.rank // tensor % replicas:
             return None
         stage = self.rank // (tensor * replicas)
@@ -74,7 +74,7 @@ class Ranks:
 @contextmanager
 def launched() -> Iterator[Ranks]:
     """torch.distributed for the processes that torchrun started; nothing for one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launch.world_size() == 1:
         yield Ranks()
         return
     dist.init_process_group("gloo")

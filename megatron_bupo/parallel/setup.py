@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_bupo.config.train import ParallelConfig, check_world
+from megatron_bupo.config import launch
+from megatron_bupo.config.train import ParallelConfig
 
 # A collective that waits longer than this names its group and ends the run, instead of hanging for ever.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -56,14 +56,9 @@ class ParallelState:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def world_size_from_environment() -> int:
-    """Number of processes that torchrun (or srun with its variables) started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _start_process_group(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if launch.is_launched():
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
@@ -73,10 +68,8 @@ def _start_process_group(device: torch.device) -> None:
 def parallel_state(config: ParallelConfig, seed: int) -> Iterator[ParallelState]:
     """Start torch.distributed and megatron-core's groups for the layout of `config`; end both on the way out.
 
-    Raises:
-        UsageError: the number of processes does not fit the layout.
+    The number of launched processes must fit the layout (`ParallelConfig.check_world`).
     """
-    check_world(config, world_size_from_environment())
     with warnings.catch_warnings():
         # megatron-core says at its import, module by module, that neither transformer-engine nor apex is there.
         warnings.simplefilter("ignore")
@@ -85,7 +78,7 @@ def parallel_state(config: ParallelConfig, seed: int) -> Iterator[ParallelState]
         from megatron.core import parallel_state as mpu
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", launch.local_rank())
         torch.cuda.set_device(device)
     else:
         from megatron_bupo.parallel import cpu

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.command_line import read_flags
+from megatron_bupo.config.converters import LayoutConfig
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.conversion.convert import hf_to_megatron, megatron_to_hf
-from megatron_bupo.conversion.program import Parser, layout_of
 from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.weights.dist_checkpoint import load_model, model_state, read_metadata, save_sharded
@@ -76,9 +77,7 @@ def check_case(source: Path, at_one: Path, mine: Path, parallel: ParallelConfig,
 
 def main() -> None:
     cases, mine = Path(sys.argv[1]), Path(sys.argv[2])
-    parser = Parser("converter_worker.py", "")
-    parser.add_layout("")
-    parallel = layout_of(parser.parse_args(sys.argv[3:]))
+    parallel = read_flags(LayoutConfig, sys.argv[3:], "converter_worker.py").parallel
     wrong: dict[str, list[str]] = {}
     with parallel_state(parallel, seed=1) as state:
         for source in sorted((cases / "sources").iterdir()):

@@ -108,11 +108,18 @@ def test_verify_finds_one_changed_number(converter_cases: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["hf_to_megatron.py", "--hf-model", "nowhere", "--output", "x"], "--hf-model nowhere: has no config.json"),
-        (["hf_to_megatron.py", "--output", "x"], "the following arguments are required: --hf-model"),
+        (["hf_to_megatron.py", "--hf-model", "nowhere", "--output", "x"], "--hf-model nowhere: no such folder"),
+        (["hf_to_megatron.py", "--output", "x"], "missing: --hf-model DIR; give it"),
         (["megatron_to_hf.py", "--checkpoint", "nowhere", "--output", "x"], "nowhere has no latest_checkpointed"),
-        (["megatron_to_hf.py", "--checkpoint", ".", "--output", "x", "--dtype", "int8"], "--dtype: invalid choice"),
-        (["verify.py", "--hf-model", ".", "--checkpoint", ".", TP, "0"], "0: must be an integer from 1"),
+        (
+            ["megatron_to_hf.py", "--checkpoint", ".", "--output", "x", "--dtype", "int8"],
+            "--dtype int8: must be one of float32, bfloat16, float16",
+        ),
+        (["verify.py", "--hf-model", ".", "--checkpoint", ".", TP, "0"], f"{TP} 0: must be at least 1"),
+        (["verify.py", "--hf-model", ".", "--checkpoint", ".", "--weights"], "did you mean --weights-only?"),
+        (["megatron_to_hf.py", "--checkpoint", ".", "--output", "/proc/x"], "--output /proc/x: nothing can be written"),
+        (["megatron_to_hf.py", "--checkpoint", ".", "--output", "x", "--policy", "full"], "leave the flag out"),
+        (["megatron_to_hf.py", "--checkpoint", ".", "--output", "x", PP, "2"], "1 process(es) for"),
     ],
 )
 def test_bad_flags_end_with_one_line(words: list[str], complaint: str) -> None:

@@ -70,7 +70,8 @@ def test_bad_values(words: dict[str, list[str]], command: str, name: str, value:
     assert f"--{name}" in message or (value and value in message)
 
 
-def test_values_reach_their_groups(words: dict[str, list[str]]) -> None:
+def test_values_reach_their_groups(words: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     given = ["--lr", "3e-4", "--bf16", "--global-batch-size", "256", "--internal-layer", "6", "--internal-steps", "2"]
     config: Any = parse("train", [*words["train"], *given, "--no-dry-run", "--tensor-model-parallel-size=2"])
     assert config.optimizer.lr == 3e-4
@@ -244,6 +245,7 @@ def test_world_size_is_checked_before_the_start(
     assert "1 process(es)" in capsys.readouterr().err
     assert program.main([*given, "--dry-run"]) == 0  # one process may describe any layout
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     assert program.main([*given, "--dry-run"]) == 2
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert program.main(given) == 0
