@@ -210,16 +210,8 @@ def test_a_fingerprint_tells_models_apart_by_what_they_hold(model: Path, tmp_pat
 def train_config(model: Path, *flags: str) -> TrainConfig:
     """A replay of 3 steps of 4 x 2 responses."""
     words = ["--hf-model", str(model), "--load-rollouts", str(model), "--train-iters", "3"]
-    words += [
-        "--rollout-batch-size",
-        "4",
-        "--n-samples-per-prompt",
-        "2",
-        "--max-tokens-per-micro-batch",
-        "100",
-        "--dry-run",
-    ]
-    config = parse("train", [*words, *flags])
+    words += ["--rollout-batch-size", "4", "--n-samples-per-prompt", "2", "--max-tokens-per-micro-batch", "100"]
+    config = parse("train", [*words, "--dry-run", *flags])
     assert isinstance(config, TrainConfig)
     return config
 
