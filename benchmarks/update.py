@@ -69,29 +69,30 @@ def make_rollouts(args: argparse.Namespace, vocab_size: int) -> list[Rollout]:
 def ours(args: argparse.Namespace) -> Update:
     """One process of megatron_bupo, its defaults."""
     from megatron_bupo.architectures.architecture import Architecture
-    from megatron_bupo.config.train import OptimizerConfig, ParallelConfig
+    from megatron_bupo.config.train import AlgorithmConfig, OptimizerConfig, ParallelConfig
     from megatron_bupo.data.packing import pack_for
     from megatron_bupo.parallel.setup import parallel_state
-    from megatron_bupo.rl.advantages import advantages
-    from megatron_bupo.rl.losses import LossConfig
+    from megatron_bupo.rl.advantage import compute_advantages
+    from megatron_bupo.rl.builtin import load_estimator
     from megatron_bupo.weights.hf_files import HFWeights
 
     state = OPEN.enter_context(parallel_state(ParallelConfig(), seed=0))
-    from megatron_bupo.training.actor import Actor
+    from megatron_bupo.training.actor import Actor, make_objective
 
     arch = Architecture.from_hf(args.hf_model)
     specs = (PolicySpec("layer", args.layer, False), PolicySpec())
     weights = HFWeights(args.hf_model)
     actor = Actor(arch, weights, ParallelConfig(), OptimizerConfig(), state, dtype_of(args), specs)
     rollouts = make_rollouts(args, arch.vocab_size)
-    values = advantages([float(r.reward or 0) for r in rollouts], [r.group for r in rollouts], "grpo")
+    values = compute_advantages(load_estimator("grpo"), "grpo", rollouts)
+    objective = make_objective(AlgorithmConfig(), args.response_length)
 
     def update(spec: PolicySpec) -> float:
         batches = pack_for(state, rollouts, max_tokens=args.responses * args.length)
         for batch, output in zip(batches, actor.score(batches, [spec], 1.0)[spec], strict=True):
             chosen = values[batch.responses].to(state.device)[batch.segments]
-            batch.values = {"advantages": chosen, "old_logprobs": output.logprobs}
-        return actor.update(batches, spec, LossConfig(), lr=1e-6, temperature=1.0).grad_norm
+            batch.columns.advantages, batch.columns.old_logprobs = chosen, output.logprobs
+        return actor.update(batches, spec, objective, lr=1e-6, temperature=1.0).grad_norm
 
     return update
 

@@ -48,7 +48,8 @@ def text_lines(path: str | Path) -> Iterator[str]:
         if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in start:
             raise UsageError(f"{path}: cannot be read (not UTF-8 text but UTF-16, or no text); save it as UTF-8")
         try:
-            yield from io.TextIOWrapper(stream, encoding="utf-8-sig")
+            with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+                yield from text
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: cannot be read (not UTF-8 text); save it as UTF-8") from error
 

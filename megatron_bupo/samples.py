@@ -106,6 +106,19 @@ class Rollout:
 
 
 @dataclass
+class TokenColumns:
+    """What a loss needs beside the trained policy's outputs: fp32 [R] each, None where it is not known (yet).
+
+    `old_logprobs` and `ref_logprobs` are known on the last pipeline stage only.
+    """
+
+    advantages: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+
+
+@dataclass
 class MicroBatch:
     """Whole responses packed one after the other into one sequence of T tokens.
 
@@ -118,8 +131,7 @@ class MicroBatch:
         segments    0 0 1            which response of `responses` a row belongs to
 
     `tokens` int64 [T], `cu_seqlens` int32 [segments + 1], `rows`, `targets`, `segments` int64 [R], `mask` fp32 [R].
-    `responses` are the positions of the responses in the rollout batch. `values` holds further fp32 [R] columns for
-    the loss (advantages, old_logprobs, ref_logprobs, rollout_logprobs), on the ranks that have them.
+    `responses` are the positions of the responses in the rollout batch.
     """
 
     tokens: Tensor
@@ -129,15 +141,12 @@ class MicroBatch:
     segments: Tensor
     mask: Tensor
     responses: list[int]
-    values: dict[str, Tensor] = field(default_factory=dict)
+    columns: TokenColumns = field(default_factory=TokenColumns)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """On another device, but for `cu_seqlens`: attention reads it as numbers, once a layer."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "rows", "targets", "segments", "mask")
-        }
-        return replace(self, **moved, values={k: v.to(device, non_blocking=True) for k, v in self.values.items()})
+        """On another device, but for `cu_seqlens`, which attention reads as numbers; before the columns are set."""
+        names = ("tokens", "rows", "targets", "segments", "mask")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def per_response(self, column: Tensor) -> list[list[float]]:
         """Split a column [R] into one list per response, in the order of `responses`."""

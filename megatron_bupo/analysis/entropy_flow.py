@@ -151,8 +151,7 @@ def measure(
 def _generated_only(batch: MicroBatch) -> MicroBatch:
     """Without the rows of tokens that the policy did not write."""
     kept = batch.mask > 0
-    columns = {name: getattr(batch, name)[kept] for name in ("rows", "targets", "segments", "mask")}
-    return replace(batch, **columns, values={})
+    return replace(batch, **{name: getattr(batch, name)[kept] for name in ("rows", "targets", "segments", "mask")})
 
 
 def _flows(

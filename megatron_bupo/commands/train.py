@@ -18,7 +18,7 @@ from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.errors import UsageError
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
-from megatron_bupo.rewards.runner import RewardFunction
+from megatron_bupo.rl.builtin import load_estimator, load_loss
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.source import FirstStepKept, RolloutSource
 from megatron_bupo.rollout.start import check_source, make_source
@@ -46,7 +46,7 @@ def run(config: TrainConfig) -> None:
     check_layout(arch, config.parallel)
     layer = layer_of_run(config)
     is_open = config.schedule.is_auto and layer is None
-    if arch.num_layers < 2 and (is_open or config.run.entropy_flow_interval):
+    if arch.num_layers < 2 and (is_open or config.monitor.entropy_flow_interval):
         given = "--internal-layer auto" if is_open else "--entropy-flow-interval"
         raise UsageError(f"{given}: {config.model.hf_model} has 1 layer; an entropy flow needs 2 or more")
     schedule = _schedule(config, 1 if is_open else layer)  # for the checks any layer will do
@@ -54,10 +54,13 @@ def run(config: TrainConfig) -> None:
     weights = HFWeights(config.model.hf_model)
     weights.check(table_for(arch))
     _check_export(config)
+    # A file of the user's that fails when it is run fails now, and not on some rank later.
+    load_loss(config.algorithm.loss, config.algorithm.losses)
+    load_estimator(config.algorithm.advantage_estimator)
     prompts = _check_data(config, arch)
     check_source(config)
     identity = _identity(config, schedule, prompts)
-    start = find_start(config.run, identity, watched=config.batch.monitor_responses > 0)
+    start = find_start(config.run, identity, watched=config.monitor.monitor_responses > 0)
     flow = choice_so_far(config, layer)
     for step in start.ended:
         schedule = schedule.ended_before(step)
@@ -108,7 +111,7 @@ def _schedule(config: TrainConfig, layer: int | None) -> PolicySchedule:
         internal_policy_norm=flags.internal_policy_norm,
         policy_schedule=flags.policy_schedule,
     )
-    if flags.internal_stop:
+    if config.monitor.internal_stop:
         schedule.check_stop()
     return schedule
 
@@ -155,7 +158,6 @@ def _check_data(config: TrainConfig, arch: Architecture) -> PromptSet | None:
             f"{config.data.rollout_max_prompt_len} tokens; lower it or give more data"
         )
     check_positions(prompts, rollout.rollout_max_response_len, arch.max_position_embeddings)
-    RewardFunction.parse(config.data.reward)
     return prompts
 
 
@@ -201,13 +203,23 @@ def _train(run: _Run, source: RolloutSource, state: ParallelState) -> None:
     # These import megatron-core, which is quiet about what it misses only when parallel_state has imported it.
     from megatron_bupo.training.actor import Actor
     from megatron_bupo.training.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_bupo.training.phase_monitor import PhaseMonitor
     from megatron_bupo.training.trainer import Trainer
 
     config, start, flags = run.config, run.start, run.config.run
     specs = run.schedule.specs
     actor = Actor(run.arch, run.weights, config.parallel, config.optimizer, state, run.dtype, specs, start.converted)
     tracker = _track(run, state)
-    trainer = Trainer(config, run.schedule, actor, source, state, tracker, start.ended, start.watch)
+    monitor = PhaseMonitor(
+        config.monitor,
+        run.schedule,
+        actor,
+        config.rollout.rollout_temperature,
+        config.batch.max_tokens_per_micro_batch,
+        start.ended,
+        start.watch,
+    )
+    trainer = Trainer(config, monitor, actor, source, tracker)
     if start.folder is not None and start.state is not None:
         load_checkpoint(actor, start.folder, start.state)
         if tracker is not None:
@@ -217,11 +229,11 @@ def _train(run: _Run, source: RolloutSource, state: ParallelState) -> None:
         assert flags.save is not None
         folder = Path(flags.save)
         converted = str(start.converted.resolve()) if start.converted else None
-        watch = trainer.watch
+        watch = monitor.watch
         if watch is not None and state.rank == 0:
             watch.write(folder)
         phase_start = watch.first if watch is not None else None
-        run_state = RunState(step, run.identity, {}, converted, trainer.ended, phase_start)
+        run_state = RunState(step, run.identity, {}, converted, monitor.ended, phase_start)
         save_checkpoint(actor, folder, run_state, Path(config.model.hf_model), flags.keep)
 
     try:

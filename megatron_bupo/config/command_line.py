@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from megatron_bupo.config.commands import EntropyFlowConfig, GenerateConfig, PlotConfig, ScoreConfig, SelectLayerConfig
-from megatron_bupo.config.flags import Group, flag_name
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group, flag_name
 
 COMMANDS: dict[str, type[Group]] = {
     "train": TrainConfig,
@@ -58,13 +58,24 @@ class _Flag:
         return metadata["metavar"] or ("|".join(metadata["choices"]) or _METAVARS[self.type])
 
 
-def flags_of(config: type[Group]) -> Iterator[_Flag]:
-    """Every flag of a command, those of its nested groups included, in the order of declaration."""
+def flags_of(config: type[Group]) -> list[_Flag]:
+    """Every flag of a command once, those of its nested groups included, in the order of declaration.
+
+    Groups that need the same number, as two losses may, declare the same flag: each gets its value.
+    """
+    found: dict[str, _Flag] = {}
+    for flag in _declared(config):
+        same = found.setdefault(flag.name, flag)
+        assert same.declared.metadata == flag.declared.metadata, f"{flag.name} is declared in two ways"
+    return list(found.values())
+
+
+def _declared(config: type[Group]) -> Iterator[_Flag]:
     hints = get_type_hints(config)
     for declared in config.__dataclass_fields__.values():
         hint = hints[declared.name]
         if isinstance(hint, type) and issubclass(hint, Group):
-            yield from flags_of(hint)
+            yield from _declared(hint)
             continue
         if type(None) in get_args(hint):
             hint = next(kind for kind in get_args(hint) if kind is not type(None))

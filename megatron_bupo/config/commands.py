@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bupo.config.flags import Group, check_file, check_output_file, check_output_folder, flag, same_flag
+from megatron_bupo.config.paths import check_file, check_output_file, check_output_folder
 from megatron_bupo.config.train import (
     BatchConfig,
     DataConfig,
@@ -16,6 +16,7 @@ from megatron_bupo.config.train import (
     check_data_files,
 )
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group, flag, same_flag
 from megatron_bupo.policy_spec import PolicySpec
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_bupo.config.flags import Group, check_new_folder, flag, same_flag
+from megatron_bupo.config.paths import check_new_folder
 from megatron_bupo.config.train import ModelConfig, ParallelConfig, check_hf_model
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group, flag, same_flag
 from megatron_bupo.policy_spec import PolicySpec
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from megatron_bupo.config import launch
 from megatron_bupo.config.command_line import read_flags
-from megatron_bupo.config.flags import Group
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 # torchrun ends every process as soon as one has ended: the others wait this long for the first one's line.

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_bupo.config.flags import Group, check_output_folder, flag, flag_name
+from megatron_bupo.config.paths import check_output_folder
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group, flag, flag_name
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,6 @@ class RolloutConfig(Group):
     rollout_micro_batch_size: int = flag("sequences that the local engine generates at once", 64, low=1)
     save_rollouts: str | None = flag("write every step's rollouts there", None, metavar="DIR")
     load_rollouts: str | None = flag("replay the rollouts written there, without an engine", None, metavar="DIR")
-    logprob_diff_alarm: float = flag(
-        "warn when logprob_diff_mean, the engine against the trainer, is above this many nats; 0 = never", 0.1, low=0
-    )
 
     def check(self) -> None:
         super().check()

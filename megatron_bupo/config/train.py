@@ -8,18 +8,22 @@ be; what needs the contents of a file (layers against the model, rollouts) is ch
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bupo.config import launch
-from megatron_bupo.config.flags import Group, check_file, check_new_folder, check_output_folder, flag
+from megatron_bupo.config.monitor import MonitorConfig
+from megatron_bupo.config.paths import check_file, check_new_folder, check_output_folder
 from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
-from megatron_bupo.config.stop_bounds import StopBound
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group, flag
 from megatron_bupo.policy_spec import INTERNAL_MODULES
+from megatron_bupo.rl.builtin import LossFlags, estimator, estimator_names, loss_names
+from megatron_bupo.rl.objective_flags import ObjectiveFlags
+from megatron_bupo.user_code import UserFunction
 
 AUTO = "auto"
-GROUPED_ESTIMATORS = ("grpo", "dr-grpo", "rloo")
+USER_FUNCTION = "NAME|FILE.py:function"
 DATA_SUFFIXES = (".parquet", ".jsonl")
 
 
@@ -37,6 +41,12 @@ def check_hf_model(path: str) -> None:
         raise UsageError(f"--hf-model {path}: no such folder; give a HuggingFace folder on this machine")
     if not (Path(path) / "config.json").is_file():
         raise UsageError(f"--hf-model {path}: has no config.json; give a HuggingFace folder")
+
+
+def _check_name_or_function(flag: str, text: str, names: tuple[str, ...]) -> None:
+    """Raise UsageError unless the text is one of the names or a function in a file, which is not run here."""
+    if text not in names:
+        UserFunction.parse(flag, text, "record" if flag == "--reward" else "inputs", names)
 
 
 @dataclass(frozen=True)
@@ -139,12 +149,6 @@ class ScheduleConfig(Group):
     internal_module: str = flag("which output of that layer", "layer", choices=INTERNAL_MODULES)
     policy_schedule: str | None = flag("the general form: SPECxN,... as in layer:6x30,full", None, metavar="TEXT")
     internal_policy_norm: str = flag("norm before an internal unembedding", "none", choices=("none", "final"))
-    internal_stop: list[str] | None = flag(
-        "end an internal phase when one is crossed: kl:X nats above, entropy:X nats away from, length:X times or 1/X "
-        "of, accuracy:X below where the phase began",
-        None,
-        metavar="NAME:X",
-    )
 
     def check(self) -> None:
         super().check()
@@ -153,9 +157,6 @@ class ScheduleConfig(Group):
             raise UsageError(f"--internal-layer {layer}: must be the number of a layer, from 1, or {AUTO}")
         if layer == AUTO and self.internal_steps == 0:
             raise UsageError(f"--internal-layer {AUTO}: chooses the layer of phase 1; give --internal-steps as well")
-        names = [bound.name for bound in self.stop_bounds]
-        if len(set(names)) < len(names):
-            raise UsageError(f"--internal-stop {' '.join(self.internal_stop or [])}: give each name once")
 
     @property
     def is_auto(self) -> bool:
@@ -168,34 +169,40 @@ class ScheduleConfig(Group):
         assert not self.is_auto, "the layer is not chosen yet"
         return None if self.internal_layer is None else int(self.internal_layer)
 
-    @property
-    def stop_bounds(self) -> list[StopBound]:
-        """When an internal phase is to end early."""
-        return [StopBound.parse(text) for text in self.internal_stop or []]
-
 
 @dataclass(frozen=True)
 class AlgorithmConfig(Group):
     """algorithm"""
 
-    advantage_estimator: str = flag("advantages", "grpo", choices=(*GROUPED_ESTIMATORS, "reinforce++"))
-    clip_ratio_low: float = flag("ratios are clipped below 1 minus this", 0.2, low=0, below=1)
-    clip_ratio_high: float = flag("ratios are clipped above 1 plus this", 0.2, low=0)
-    dual_clip: float = flag("bound of the ratio at negative advantages, above 1; 0 = off", 10.0, low=0)
-    loss_aggregation: str = flag("mean over tokens or responses", "token-mean", choices=("token-mean", "seq-mean"))
-    kl_loss_coef: float = flag("weight of the KL to the start model", 0.0, low=0)
-    kl_type: str = flag("estimate of the KL", "k3", choices=("k1", "k2", "k3"))
-    entropy_coef: float = flag("weight of the entropy bonus", 0.0, low=0)
+    advantage_estimator: str = flag(
+        f"advantages: {', '.join(estimator_names())}, or a function", "grpo", metavar=USER_FUNCTION
+    )
+    loss: str = flag(f"loss per token: {', '.join(loss_names())}, or a function", "ppo-clip", metavar=USER_FUNCTION)
+    objective: ObjectiveFlags = field(default_factory=ObjectiveFlags)
+    losses: LossFlags = field(default_factory=LossFlags)
 
     def check(self) -> None:
         super().check()
-        if 0 < self.dual_clip <= 1:
-            raise UsageError(f"--dual-clip {self.dual_clip}: must be greater than 1, or 0 to switch it off")
-        if self.advantage_estimator == "dr-grpo" and self.loss_aggregation == "seq-mean":
+        _check_name_or_function("--loss", self.loss, loss_names())
+        _check_name_or_function("--advantage-estimator", self.advantage_estimator, estimator_names())
+        module = estimator(self.advantage_estimator)
+        if module is not None and module.AGGREGATION is not None and self.objective.loss_aggregation == "seq-mean":
             raise UsageError(
-                "--loss-aggregation seq-mean: dr-grpo has an aggregation of its own (a token sum over batch x max "
+                f"--loss-aggregation seq-mean: {module.NAME} has another aggregation (a token sum over batch x max "
                 "response length); leave the flag out"
             )
+
+    @property
+    def aggregation(self) -> str:
+        """How the tokens' losses become one number: the estimator's own way, or what --loss-aggregation says."""
+        module = estimator(self.advantage_estimator)
+        return (module and module.AGGREGATION) or self.objective.loss_aggregation
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether the estimator compares the responses to one prompt; not known of a function of the user's."""
+        module = estimator(self.advantage_estimator)
+        return module is not None and module.NEEDS_GROUPS
 
 
 @dataclass(frozen=True)
@@ -211,12 +218,7 @@ class DataConfig(Group):
     def check(self) -> None:
         super().check()
         check_data_files(self.prompt_data)
-        if self.reward != "math":
-            file, colon, function = self.reward.rpartition(":")
-            if not colon or not file.endswith(".py") or not function.isidentifier():
-                raise UsageError(f"--reward {self.reward}: must be math or FILE.py:function")
-            if not Path(file).is_file():
-                raise UsageError(f"--reward {self.reward}: the file {file} is not there; give an existing file")
+        _check_name_or_function("--reward", self.reward, ("math",))
 
 
 @dataclass(frozen=True)
@@ -225,10 +227,6 @@ class BatchConfig(Group):
 
     global_batch_size: int | None = flag("responses per optimizer step (default: the whole step)", None, low=1)
     max_tokens_per_micro_batch: int = flag("responses are packed to this; a longer one travels alone", 16384, low=1)
-    entropy_flow_responses: int = flag("responses of a step whose entropy flow is measured", 64, low=1)
-    monitor_responses: int = flag(
-        "responses whose full policy is watched in an internal phase, now and at its start; 0 = off", 64, low=0
-    )
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,6 @@ class RunConfig(Group):
     load: str | None = flag("go on from a run's folder, or start from a converted checkpoint", None, metavar="DIR")
     allow_changed_run: bool = flag("go on under --load although data, model, schedule or seed changed", False)
     tensorboard_dir: str | None = flag("TensorBoard's files (default: under --save)", None, metavar="DIR")
-    entropy_flow_interval: int | None = flag("steps between measurements of the entropy flow", None, low=1)
     seed: int = flag("of the run: order of prompts, sampling", 1234, low=0, below=2**32)
     dry_run: bool = flag("print the resolved run and exit", False)
 
@@ -254,11 +251,6 @@ class RunConfig(Group):
             raise UsageError(f"--keep {self.keep}: goes only with --save-interval")
         if self.allow_changed_run and self.load is None:
             raise UsageError("--allow-changed-run: goes only with --load DIR")
-        if self.entropy_flow_interval is not None and self.save is None and self.tensorboard_dir is None:
-            raise UsageError(
-                f"--entropy-flow-interval {self.entropy_flow_interval}: goes to --save DIR or --tensorboard-dir DIR; "
-                "give one"
-            )
         check_output_folder("save", self.save, taken=None if self.continues else "metrics.jsonl")
         check_new_folder("save_hf", self.save_hf)
         check_output_folder("tensorboard_dir", self.tensorboard_dir)
@@ -282,6 +274,7 @@ class TrainConfig(Group):
     rollout: RolloutConfig
     sglang: SGLangConfig
     batch: BatchConfig
+    monitor: MonitorConfig
     run: RunConfig
 
     def check(self) -> None:
@@ -295,7 +288,7 @@ class TrainConfig(Group):
         self.sglang.check_engine(self.rollout.rollout_engine, self.run.save)
         self._check_source()
         self._check_sizes()
-        self._check_stop()
+        self._check_monitor()
 
     def _check_source(self) -> None:
         prompts, replay = self.data.prompt_data, self.rollout.load_rollouts
@@ -311,15 +304,15 @@ class TrainConfig(Group):
 
     def _check_sizes(self) -> None:
         samples, prompts = self.rollout.n_samples_per_prompt, self.rollout.rollout_batch_size
-        estimator = self.algorithm.advantage_estimator
-        if estimator in GROUPED_ESTIMATORS and samples < 2:
+        name = self.algorithm.advantage_estimator
+        if self.algorithm.needs_groups and samples < 2:
             raise UsageError(
-                f"--n-samples-per-prompt {samples}: {estimator} compares the responses to a prompt; give 2 or more, "
+                f"--n-samples-per-prompt {samples}: {name} compares the responses to a prompt; give 2 or more, "
                 "or --advantage-estimator reinforce++"
             )
         responses = prompts * samples
         if responses < 2:
-            raise UsageError(f"--rollout-batch-size 1: {estimator} compares the responses of a step; give 2 or more")
+            raise UsageError(f"--rollout-batch-size 1: {name} compares the responses of a step; give 2 or more")
         if self.batch.global_batch_size and responses % self.batch.global_batch_size:
             raise UsageError(
                 f"--global-batch-size {self.batch.global_batch_size}: must divide the {responses} responses of a step "
@@ -329,14 +322,16 @@ class TrainConfig(Group):
         if warmup > steps:
             raise UsageError(f"--lr-warmup-iters {warmup}: must be at most --train-iters {steps}")
 
-    def _check_stop(self) -> None:
+    def _check_monitor(self) -> None:
         """Whether a --policy-schedule has a phase to end is seen when it is read."""
-        schedule = self.schedule
-        if schedule.internal_stop and self.batch.monitor_responses == 0:
-            raise UsageError("--internal-stop with --monitor-responses 0: the watch is off; give 1 response or more")
+        schedule, interval = self.schedule, self.monitor.entropy_flow_interval
         without = schedule.policy_schedule is None and not 0 < schedule.internal_steps < schedule.train_iters
-        if schedule.internal_stop and without:
+        if self.monitor.internal_stop and without:
             raise UsageError(
                 f"--internal-stop with --internal-steps {schedule.internal_steps}: there must be an internal phase and "
                 f"full steps after it; give 1 step or more, and fewer than --train-iters {schedule.train_iters}"
+            )
+        if interval is not None and self.run.save is None and self.run.tensorboard_dir is None:
+            raise UsageError(
+                f"--entropy-flow-interval {interval}: goes to --save DIR or --tensorboard-dir DIR; give one"
             )

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from megatron_bupo.config.flags import Group
 from megatron_bupo.config.program import run_program
+from megatron_bupo.flags import Group
 
 _GroupT = TypeVar("_GroupT", bound=Group)
 

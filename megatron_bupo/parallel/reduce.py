@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,27 +11,29 @@ from megatron_bupo.parallel.setup import ParallelState
 
 
 def reduce_everywhere(
-    state: ParallelState,
-    collected: Sequence[Mapping[str, Tensor]],
-    sums: Sequence[str],
-    maxima: Sequence[str] = (),
+    state: ParallelState, collected: Sequence[Mapping[str, Tensor]], maxima: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Add up the scalars named in `sums`, take the largest of those in `maxima` (which are >= 0).
+    """Add up scalars by their names; of those in `maxima` the largest is taken. Collective.
 
     Args:
         collected: one mapping per micro-batch on the ranks of the last stage; ignored elsewhere.
 
     Returns:
-        The same float64 numbers on every rank.
+        The same numbers on every rank, added in float64; a name that no micro-batch has is missing.
     """
-    reporting = collected if state.reports else []
-    total = torch.zeros(len(sums), dtype=torch.float64)
-    largest = torch.zeros(len(maxima), dtype=torch.float64)
-    for values in reporting:
-        for index, name in enumerate(sums):
-            total[index] += float(values[name])
-        for index, name in enumerate(maxima):
-            largest[index] = max(float(largest[index]), float(values[name]))
-    dist.all_reduce(total)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return dict(zip([*sums, *maxima], [*total.tolist(), *largest.tolist()], strict=True))
+    mine: dict[str, float] = {}
+    for values in collected if state.reports else []:
+        combine(mine, {name: float(value) for name, value in values.items()}, maxima)
+    parts: list[dict[str, float]] = [{}] * state.world_size
+    dist.all_gather_object(parts, mine, group=state.host_group)
+    total: dict[str, float] = {}
+    for part in parts:
+        combine(total, part, maxima)
+    return total
+
+
+def combine(total: dict[str, float], values: Mapping[str, float], maxima: Sequence[str] = ()) -> None:
+    """Count `values` into `total`: added, or for the names in `maxima` the larger one."""
+    for name, value in values.items():
+        held = total.get(name, value if name in maxima else 0.0)
+        total[name] = max(held, value) if name in maxima else held + value

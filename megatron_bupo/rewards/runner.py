@@ -7,14 +7,11 @@ neither torch nor this project's model code, and live as long as the runner or i
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import multiprocessing
 import numbers
 import os
 import signal
-import symtable
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -23,55 +20,21 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import RLock as LockOfProcesses
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rewards.gold import gold_text
+from megatron_bupo.user_code import UserFunction, one_line
 
 if TYPE_CHECKING:  # samples imports torch, which the workers (they import this file) must not pay for
     from megatron_bupo.samples import Rollout
 
+MATH = "math"
 START_UP_S = 120.0
 """Seconds a worker may take to load the reward function."""
-
-
-class RewardFunction(NamedTuple):
-    """Where a reward comes from: the built-in `math` (path None), or a function in a file of the user's."""
-
-    path: str | None
-    name: str
-
-    @classmethod
-    def parse(cls, spec: str) -> RewardFunction:
-        """Read ``math`` or ``FILE.py:function``. The file is compiled to look for the name, but not run.
-
-        Raises:
-            UsageError: another spelling, a missing file, one that is no Python, or one without that function.
-        """
-        if spec == "math":
-            return cls(None, "math")
-        file, _, name = spec.rpartition(":")
-        if not file.endswith(".py") or not name.isidentifier():
-            raise UsageError(f"--reward '{spec}': give 'math' or FILE.py:function, such as my_reward.py:score")
-        try:
-            source = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--reward '{spec}': cannot read the file '{file}' ({_one_line(error)})") from error
-        try:
-            module = symtable.symtable(source, file, "exec")
-        except (SyntaxError, ValueError) as error:
-            raise UsageError(f"--reward '{spec}': '{file}' is not valid Python ({_one_line(error)})") from error
-        symbol = module.lookup(name) if name in module.get_identifiers() else None
-        if symbol is None or not (symbol.is_assigned() or symbol.is_imported()):
-            raise UsageError(f"--reward '{spec}': '{file}' defines no '{name}'; write `def {name}(record): ...` there")
-        return cls(str(Path(file).resolve()), name)
-
-    def __str__(self) -> str:
-        return self.name if self.path is None else f"{self.path}:{self.name}"
 
 
 @dataclass(frozen=True)
@@ -111,20 +74,17 @@ class RewardRunner:
     one whose math worker dies, from the memory that sympy took for instance.
 
     Raises:
-        UsageError: a bad spec or bad numbers, here; from `score`, a function that cannot be loaded, raises, ends its
+        UsageError: a bad spec, here; from `score`, a function that cannot be loaded, raises, ends its
             process or returns no finite number.
     """
 
     def __init__(self, spec: str = "math", *, timeout_s: float = 10.0, num_workers: int = 1) -> None:
-        self._function = RewardFunction.parse(spec)
-        if not (timeout_s > 0 and math.isfinite(timeout_s)):
-            raise UsageError(f"reward timeout {timeout_s}: give a finite number of seconds above 0")
-        if num_workers < 1:
-            raise UsageError(f"reward workers {num_workers}: give 1 or more")
+        assert timeout_s > 0 and num_workers >= 1, (timeout_s, num_workers)
+        self._function = None if spec == MATH else UserFunction.parse("--reward", spec, "record", (MATH,))
         self._spec = spec
         self._timeout_s = timeout_s
         context = _LockKeepingContext()
-        if self._function.path is None:
+        if self._function is None:
             # Loaded once in the fork server, so a worker that replaces a killed one starts at once.
             context.set_forkserver_preload(["math_verify"])
         self._pool = ProcessPool(num_workers, initializer=_start_worker, initargs=(self._function,), context=context)
@@ -144,7 +104,7 @@ class RewardRunner:
                 except FutureTimeoutError:
                     reward = None
                 except ProcessExpired as error:
-                    if self._function.path is not None:
+                    if self._function is not None:
                         raise self._failed(number, f"it ended its process (exit code {error.exitcode})") from error
                     reward = None
                 except BrokenProcessPool as error:
@@ -174,7 +134,7 @@ class RewardRunner:
         self.close()
 
     def _record(self, rollout: Rollout, number: int) -> dict[str, Any]:
-        if self._function.path is not None:
+        if self._function is not None:
             return {key: value for key, value in vars(rollout).items() if value is not None}
         for key in ("response", "answer"):
             if getattr(rollout, key) is None:
@@ -197,7 +157,7 @@ class RewardRunner:
         return UsageError(f"--reward '{self._spec}' failed on record {number}: {reason}")
 
 
-def _start_worker(function: RewardFunction) -> None:
+def _start_worker(function: UserFunction | None) -> None:
     """Runs first in every worker, outside any deadline."""
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "a worker is started by multiprocessing"
@@ -214,31 +174,24 @@ def _end_with(trainer: BaseProcess) -> None:
 
 
 @functools.cache
-def _load(function: RewardFunction) -> Callable[[dict[str, Any]], Any] | str:
+def _load(function: UserFunction | None) -> Callable[[dict[str, Any]], Any] | str:
     """The function itself, or one line that says why it could not be loaded."""
-    if function.path is None:
+    if function is None:
         from megatron_bupo.rewards.math import score  # 0.4 s of sympy that only the workers need
 
         return lambda record: score(record["response"], record["answer"])
-    sys.path.insert(0, str(Path(function.path).parent))
-    module_spec = importlib.util.spec_from_file_location("megatron_bupo_user_reward", function.path)
-    assert module_spec is not None and module_spec.loader is not None, function.path
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
     try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        return f"running the file failed ({_one_line(error)})"
-    loaded: Any = getattr(module, function.name, None)
-    return loaded if callable(loaded) else f"'{function.name}' is not a function"
+        return function.load()
+    except UsageError as error:
+        return str(error)
 
 
-def _load_error(function: RewardFunction) -> str | None:
+def _load_error(function: UserFunction | None) -> str | None:
     loaded = _load(function)
     return loaded if isinstance(loaded, str) else None
 
 
-def _call(function: RewardFunction, record: dict[str, Any]) -> float | str:
+def _call(function: UserFunction | None, record: dict[str, Any]) -> float | str:
     """The reward of one record, or one line on what went wrong: text, so that nothing of the user's is unpickled."""
     loaded = _load(function)
     if isinstance(loaded, str):
@@ -246,12 +199,7 @@ def _call(function: RewardFunction, record: dict[str, Any]) -> float | str:
     try:
         reward = loaded(record)
     except (Exception, SystemExit) as error:
-        return f"it raised {_one_line(error)}"
+        return f"it raised {one_line(error)}"
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-        return f"it returned {_one_line(repr(reward))}; a reward must be a finite number"
+        return f"it returned {one_line(repr(reward))}; a reward must be a finite number"
     return float(reward)
-
-
-def _one_line(error: BaseException | str) -> str:
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:300]

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from megatron_bupo.errors import UsageError
 from megatron_bupo.policy_spec import INTERNAL_MODULES, PolicySpec
 
-INTERNAL_POLICY_NORMS = ("none", "final")
-LR_DECAY_STYLES = ("constant", "linear", "cosine")
-
 
 @dataclass(frozen=True)
 class PolicySchedule:
@@ -36,7 +33,7 @@ class PolicySchedule:
             UsageError: an empty entry, a count that is missing or 0, counts that do not cover `train_iters`, or an
                 entry that is never reached.
         """
-        _check_train_iters(train_iters)
+        assert train_iters >= 1, train_iters
         entries = text.split(",")
         phases: list[tuple[PolicySpec, int]] = []
         left = train_iters
@@ -71,23 +68,16 @@ class PolicySchedule:
         """The schedule of ``--internal-layer L --internal-steps N ...`` or of ``--policy-schedule``.
 
         Raises:
-            UsageError: both spellings at once, half of one, or values out of range.
+            UsageError: both spellings at once, half of one, or more internal steps than there are steps.
         """
-        _check_train_iters(train_iters)
-        if internal_module not in INTERNAL_MODULES:
-            raise UsageError(f"--internal-module '{internal_module}' is none of: {', '.join(INTERNAL_MODULES)}")
-        if internal_policy_norm not in INTERNAL_POLICY_NORMS:
-            raise UsageError(
-                f"--internal-policy-norm '{internal_policy_norm}' is none of: {', '.join(INTERNAL_POLICY_NORMS)}"
-            )
+        assert internal_module in INTERNAL_MODULES and internal_policy_norm in ("none", "final")
+        assert train_iters >= 1 and (internal_layer is None or internal_layer >= 1)
         if policy_schedule is not None:
             _refuse_both_spellings(internal_layer, internal_steps, internal_module, internal_policy_norm)
             return cls.parse(policy_schedule, train_iters)
         if internal_layer is None:
             _refuse_without_layer(internal_steps, internal_module, internal_policy_norm)
             return cls(((PolicySpec(), train_iters),))
-        if internal_layer < 1:
-            raise UsageError(f"--internal-layer {internal_layer}: layers are numbered from 1")
         if not 0 <= internal_steps <= train_iters:
             raise UsageError(
                 f"--internal-layer {internal_layer} with --internal-steps {internal_steps}: give 0 (plain GRPO) to "
@@ -172,11 +162,6 @@ class PolicySchedule:
         return [(spec, steps) for spec, steps in self.phases if steps]
 
 
-def _check_train_iters(train_iters: int) -> None:
-    if train_iters < 1:
-        raise UsageError(f"--train-iters {train_iters}: a run has at least 1 step")
-
-
 def _parse_entry(entry: str, text: str, *, may_lack_count: bool) -> tuple[PolicySpec, int | None]:
     """One ``SPECxN``; no spec has an x in its name, so the first one starts the count."""
     if not entry:
@@ -229,21 +214,14 @@ def learning_rate(
 
     so both decays reach `min_lr` at the last step. (Megatron's loop asks for the rate of the step *before*, and its
     first warm-up step therefore trains with 0; here the first step already has its share.)
-
-    Raises:
-        UsageError: an unknown style, a negative rate, min_lr above lr, or a warm-up longer than the run.
     """
-    if lr_decay_style not in LR_DECAY_STYLES:
-        raise UsageError(f"--lr-decay-style '{lr_decay_style}' is none of: {', '.join(LR_DECAY_STYLES)}")
-    if not (math.isfinite(lr) and 0 <= min_lr <= lr):
-        raise UsageError(f"--lr {lr} and --min-lr {min_lr}: give 0 <= min-lr <= lr, both finite")
-    if not 0 <= lr_warmup_iters <= train_iters:
-        raise UsageError(f"--lr-warmup-iters {lr_warmup_iters}: give 0 to --train-iters ({train_iters})")
+    assert 0 <= min_lr <= lr and 0 <= lr_warmup_iters <= train_iters, (lr, min_lr, lr_warmup_iters, train_iters)
     assert 1 <= step <= train_iters, f"step {step} is not one of 1..{train_iters}"
     if step <= lr_warmup_iters:
         return lr * step / lr_warmup_iters
     if lr_decay_style == "constant":
         return lr
     ratio = (step - lr_warmup_iters) / (train_iters - lr_warmup_iters)
+    assert lr_decay_style in ("linear", "cosine"), lr_decay_style
     coefficient = 1.0 - ratio if lr_decay_style == "linear" else (1.0 + math.cos(math.pi * ratio)) / 2
     return min_lr + coefficient * (lr - min_lr)

@@ -16,31 +16,54 @@ from megatron.core.distributed import (
 from torch import Tensor
 
 from megatron_bupo.architectures.architecture import Architecture
-from megatron_bupo.config.train import OptimizerConfig, ParallelConfig
+from megatron_bupo.config.train import AlgorithmConfig, OptimizerConfig, ParallelConfig
 from megatron_bupo.model.parallel_model import ParallelModel
 from megatron_bupo.model.policy import PolicyOutput, run_policy
 from megatron_bupo.parallel.cpu import give_freed_memory_back
 from megatron_bupo.parallel.reduce import reduce_everywhere
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
-from megatron_bupo.rl.losses import LossConfig, policy_loss
+from megatron_bupo.rl.builtin import load_loss
+from megatron_bupo.rl.loss import LossInputs
+from megatron_bupo.rl.objective import Objective
 from megatron_bupo.samples import MicroBatch
 from megatron_bupo.training.norms import ParameterNorms
 from megatron_bupo.training.optimizer import PhaseOptimizer
 from megatron_bupo.training.optimizer_state import OptimizerState
 from megatron_bupo.weights.hf_files import HFWeights
 
-# Sums over the trained tokens, as policy_loss returns them.
-LOSS_METRICS = ("clip_frac", "clip_frac_dual", "ratio", "num_tokens")
-
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step: the minimised objective, the gradient norm before clipping, sums over response tokens."""
+    """One optimizer step: the minimised objective, the gradient norm before clipping, sums over the trained tokens."""
 
     loss: float
     grad_norm: float
     sums: dict[str, float]
+
+
+def loss_inputs(batch: MicroBatch, output: PolicyOutput) -> LossInputs:
+    """What the loss is given of a micro-batch whose columns are known, and of the trained policy's outputs."""
+    columns = batch.columns
+    assert columns.old_logprobs is not None and columns.advantages is not None, "a step scores before it updates"
+    return LossInputs(
+        logprobs=output.logprobs,
+        entropy=output.entropy,
+        old_logprobs=columns.old_logprobs,
+        advantages=columns.advantages,
+        mask=batch.mask > 0,
+        tokens=batch.targets,
+        segments=batch.segments,
+        num_responses=len(batch.responses),
+        ref_logprobs=columns.ref_logprobs,
+        rollout_logprobs=columns.rollout_logprobs,
+    )
+
+
+def make_objective(algorithm: AlgorithmConfig, max_response_len: int) -> Objective:
+    """What the flags say to minimise. Raises UsageError: a loss of the user's that cannot be loaded."""
+    loss = load_loss(algorithm.loss, algorithm.losses)
+    return Objective(loss, algorithm.loss, algorithm.objective, algorithm.aggregation, max_response_len)
 
 
 class Actor(ParallelModel):
@@ -80,30 +103,19 @@ class Actor(ParallelModel):
         return OptimizerState(self.optimizer.megatron, self.named_parameters(), self._dtype, self.state.dp_group)
 
     def update(
-        self, batches: Sequence[MicroBatch], spec: PolicySpec, loss: LossConfig, lr: float, temperature: float
+        self, batches: Sequence[MicroBatch], spec: PolicySpec, objective: Objective, lr: float, temperature: float
     ) -> UpdateResult:
         """One optimizer step on one mini-batch, of which `batches` are this data-parallel rank's micro-batches.
 
-        Their `values` hold advantages and old_logprobs (ref_logprobs with a KL term) on the last stage.
+        Their columns have advantages and old_logprobs (ref_logprobs with a KL term) on the last stage.
         """
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def loss_of(batch: MicroBatch, output: PolicyOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            result = policy_loss(
-                output.logprobs,
-                output.entropy,
-                batch.values["old_logprobs"],
-                batch.values["advantages"],
-                batch.mask,
-                batch.segments,
-                len(batch.responses),
-                loss,
-                ref_logprobs=batch.values.get("ref_logprobs"),
-            )
-            sums = {**result.metrics, "loss": result.loss_sum.detach(), "count": result.count}
-            return result.loss_sum, result.count, sums
+            sums = objective(loss_inputs(batch, output))
+            return sums.total, sums.count, {**sums.metrics, "loss": sums.total.detach(), "count": sums.count}
 
         collected = run_policy(
             self.chunks,
@@ -114,8 +126,7 @@ class Actor(ParallelModel):
             vocab_size=self.arch.vocab_size,
             loss_function=loss_of,
         )
-        names = [*LOSS_METRICS, *(["kl"] if loss.kl_loss_coef else []), "loss", "count"]
-        sums = reduce_everywhere(self.state, collected, names)
+        sums = reduce_everywhere(self.state, collected)
         if self.state.device.type == "cpu":
             give_freed_memory_back()
         # The count of this rank: Megatron sums it over the data-parallel ranks and divides the gradients by it.

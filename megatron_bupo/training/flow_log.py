@@ -10,6 +10,7 @@ from megatron_bupo.analysis.entropy_flow import measure
 from megatron_bupo.analysis.flow_file import METRICS, EntropyFlow, write_flow
 from megatron_bupo.analysis.flow_plots import flow_figures
 from megatron_bupo.config.train import TrainConfig
+from megatron_bupo.errors import UsageError
 from megatron_bupo.model.parallel_model import ParallelModel
 from megatron_bupo.samples import Rollout
 from megatron_bupo.training.tracker import Tracker
@@ -24,9 +25,31 @@ def flow_of_step(model: ParallelModel, rollouts: Sequence[Rollout], when: str, c
     Raises:
         UsageError: the policy wrote fewer than two tokens of the sample, or a number is not finite; on every rank.
     """
-    sample = spread_sample(rollouts, config.batch.entropy_flow_responses)
+    sample = spread_sample(rollouts, config.monitor.entropy_flow_responses)
     measured = measure(model, sample, min(config.batch.max_tokens_per_micro_batch, MAX_TOKENS))
     return measured.summary(f"{Path(config.model.hf_model).resolve().name}, {when}")
+
+
+def measure_flow(
+    model: ParallelModel, rollouts: Sequence[Rollout], step: int, config: TrainConfig, tracker: Tracker | None
+) -> None:
+    """Every --entropy-flow-interval steps, of the weights that wrote the rollouts. Collective.
+
+    A flow that cannot be measured ends no run: it is a warning.
+    """
+    interval = config.monitor.entropy_flow_interval
+    if interval is None or step % interval:
+        return
+    try:
+        flow = flow_of_step(model, rollouts, f"step {step}", config)
+    except UsageError as error:  # the same on every rank
+        if model.state.rank == 0:
+            warnings.warn(f"the entropy flow of step {step} was not measured: {error}", stacklevel=1)
+        return
+    if tracker is not None:
+        save = config.run.save
+        folder = None if save is None else Path(save) / "entropy_flow" / f"step_{step:06d}"
+        log_flow(tracker, folder, step, flow)
 
 
 def spread_sample(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:

@@ -7,38 +7,32 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_bupo.model.policy import PolicyOutput
-from megatron_bupo.rl.advantages import num_zero_spread_groups
-from megatron_bupo.rl.losses import logprob_difference
-from megatron_bupo.samples import MicroBatch, Rollout
+from megatron_bupo.rl.advantage import num_zero_spread_groups
+from megatron_bupo.rl.divergence import logprob_difference
+from megatron_bupo.samples import Rollout
 from megatron_bupo.training.actor import UpdateResult
 
-OBSERVED_SUMS = ("entropy", "num_tokens", "logprob_diff", "logprob_diff_k3", "num_compared")
-OBSERVED_MAXIMA = ("logprob_diff_max",)
+MAXIMA = ("logprob_diff_max",)
+"""Of what `observe` returns: the largest is taken, the rest is added up."""
 
 
-def observe(batch: MicroBatch, output: PolicyOutput) -> dict[str, Tensor]:
-    """Sums over the trained tokens of one micro-batch; zeros for the engine where its log-probs are not known."""
-    trained = batch.mask > 0
-    zero = batch.mask.new_zeros(())
-    sums = {
-        "entropy": output.entropy[trained].double().sum(),
-        "num_tokens": trained.sum(),
-        "logprob_diff": zero,
-        "logprob_diff_k3": zero,
-        "logprob_diff_max": zero,
-        "num_compared": zero,
-    }
-    if "rollout_logprobs" in batch.values:
-        difference = logprob_difference(batch.values["rollout_logprobs"], output.logprobs, batch.mask)
-        sums |= {**difference, "num_compared": difference["num_tokens"]}
-    return sums
+def observe(logprobs: Tensor, entropy: Tensor, mask: Tensor, rollout_logprobs: Tensor | None) -> dict[str, Tensor]:
+    """Sums over the trained tokens (mask above 0) of columns [R], and how far the engine is from the trainer.
+
+    The numbers of the engine are missing where its log-probs are not known.
+    """
+    trained = mask > 0
+    sums = {"entropy": entropy[trained].double().sum(), "num_tokens": trained.sum()}
+    if rollout_logprobs is None:
+        return sums
+    difference = logprob_difference(rollout_logprobs, logprobs, mask)
+    return sums | {**difference, "num_tokens": sums["num_tokens"], "num_compared": difference["num_tokens"]}
 
 
 def means(observed: dict[str, float]) -> dict[str, float]:
     """Token means of what was observed; the difference to the engine only where there was something to compare."""
     result = {"entropy": observed["entropy"] / max(observed["num_tokens"], 1)}
-    if observed["num_compared"]:
+    if observed.get("num_compared"):
         result["logprob_diff_mean"] = observed["logprob_diff"] / observed["num_compared"]
         result["logprob_diff_max"] = observed["logprob_diff_max"]
         result["logprob_diff_k3"] = observed["logprob_diff_k3"] / observed["num_compared"]
@@ -96,19 +90,13 @@ def rollout_metrics(rollouts: Sequence[Rollout], timeouts: int, seconds: dict[st
 
 
 def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, Any]:
-    """Loss and gradient norm of each optimizer step; ratios and clipping over the tokens of all of them."""
+    """Loss and gradient norm of each optimizer step; what the loss reports, as means over the tokens of all of them."""
     tokens = max(sum(update.sums["num_tokens"] for update in updates), 1)
-
-    def mean(name: str) -> float:
-        return sum(update.sums[name] for update in updates) / tokens
-
+    names = [name for name in updates[0].sums if name != "num_tokens"]
     return {
         "loss": [update.loss for update in updates],
         "grad_norm": [update.grad_norm for update in updates],
-        "clip_frac": mean("clip_frac"),
-        "clip_frac_dual": mean("clip_frac_dual"),
-        "ratio_mean": mean("ratio"),
-        **({"kl": mean("kl")} if "kl" in updates[0].sums else {}),
+        **{name: sum(update.sums[name] for update in updates) / tokens for name in names},
     }
 
 

@@ -69,6 +69,12 @@ class ParameterNorms:
         dist.all_reduce(total)
         return dict(zip(self.parts, total.sqrt().tolist(), strict=True))
 
+    def movement(self, before: Sequence[Tensor]) -> dict[str, float]:
+        """The metrics of a step that began at `before`: `update_norm/PART`, and in bf16 `master_drift`."""
+        drift = self.master_drift()
+        norms = {f"update_norm/{part}": norm for part, norm in self.update_norms(before).items()}
+        return norms if drift is None else {"master_drift": drift, **norms}
+
     def master_drift(self) -> float | None:
         """norm(fp32 master - bf16 weight) / norm(master - start): the share of training the engine does not see.
 

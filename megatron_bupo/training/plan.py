@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_bupo.architectures.architecture import Architecture
-from megatron_bupo.config.flags import Group, flag_name
 from megatron_bupo.config.train import TrainConfig
+from megatron_bupo.flags import Group, flag_name
 
 _GB = 1e9
 
@@ -126,12 +126,12 @@ def _files(config: TrainConfig) -> list[str]:
         files.append(f"{run.save}/iter_{run.save_interval:07d}/ ... (every {run.save_interval} steps and the last)")
         files += [f"{run.save}/latest_checkpointed_iteration.txt", f"{run.save}/hf/"]
     schedule = config.schedule
-    if run.save_interval and config.batch.monitor_responses and (schedule.internal_steps or schedule.policy_schedule):
+    if run.save_interval and config.monitor.monitor_responses and (schedule.internal_steps or schedule.policy_schedule):
         files.append(f"{run.save}/watch_step_000001.jsonl ... (with the checkpoints of an internal phase)")
     if run.save and schedule.is_auto:
         files.append(f"{run.save}/internal_layer/entropy_flow.json")
-    if run.save and run.entropy_flow_interval:
-        every = run.entropy_flow_interval
+    if run.save and config.monitor.entropy_flow_interval:
+        every = config.monitor.entropy_flow_interval
         files.append(f"{run.save}/entropy_flow/step_{every:06d}/entropy_flow.json ... (every {every} steps)")
     board = run.tensorboard_dir or (str(Path(run.save) / "tensorboard") if run.save else None)
     if board:

@@ -17,7 +17,6 @@ from torch import Tensor
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.policy_spec import PolicySpec
-from megatron_bupo.rl.losses import LossConfig
 from megatron_bupo.weights.hf_files import HFWeights
 from tests.parallel.references import random_rollouts, reference_scores
 from tests.parallel.train_reference import ADAM_EPS, TEMPERATURE, WEIGHT_DECAY
@@ -106,19 +105,21 @@ def check_first_update(masters: Masters, untouched: set[str], start_weights: dic
 
 
 def train(cases: Path, flags: list[str], state: ParallelState) -> list[str]:
+    from megatron_bupo.training.mini_batches import make_mini_batches
+
     config = config_for(cases, "qwen3-tied", "layer:2x2,full", flags)
     trainer = build(config, state, torch.bfloat16)
     actor, masters = trainer.actor, Masters(trainer.actor)
     everywhere = {name for name, _ in actor.named_parameters()}
     start_weights = masters.weights()
-    batches = trainer._pack(random_rollouts(8, seed=1, longest=25))
+    batches = make_mini_batches(random_rollouts(8, seed=1, longest=25), trainer.estimator, config, state)
     problems, drifts = [], []
     for number, (policy, lr) in enumerate(UPDATES, start=1):
         spec = PolicySpec.parse(policy)
         untouched = set() if spec.is_full else not_trained("layer", 2, everywhere)
         before = masters.values()
         trainer._score_old(batches, spec)
-        actor.update(batches[number % 2], spec, LossConfig(), lr, TEMPERATURE)
+        actor.update(batches[number % 2], spec, trainer.objective, lr, TEMPERATURE)
         masters.step(lr, untouched)
         after, weights = masters.values(), masters.weights()
         if not largest(after, {name: copy.detach() for name, copy in masters.copies.items()}) < 1e-6:

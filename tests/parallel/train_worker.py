@@ -50,6 +50,7 @@ def config_for(cases: Path, model: str, schedule: str, flags: list[str]) -> Trai
 
 def build(config: TrainConfig, state: ParallelState, dtype: torch.dtype = torch.float32) -> Any:
     from megatron_bupo.training.actor import Actor
+    from megatron_bupo.training.phase_monitor import PhaseMonitor
     from megatron_bupo.training.trainer import Trainer
 
     folder = config.model.hf_model
@@ -57,7 +58,9 @@ def build(config: TrainConfig, state: ParallelState, dtype: torch.dtype = torch.
     schedule = PolicySchedule.parse(config.schedule.policy_schedule, config.schedule.train_iters)
     arch = Architecture.from_hf(folder)
     actor = Actor(arch, HFWeights(folder), config.parallel, config.optimizer, state, dtype, schedule.specs)
-    return Trainer(config, schedule, actor, Replay(config.rollout.load_rollouts), state, None)
+    rollout, max_tokens = config.rollout, config.batch.max_tokens_per_micro_batch
+    monitor = PhaseMonitor(config.monitor, schedule, actor, rollout.rollout_temperature, max_tokens)
+    return Trainer(config, monitor, actor, Replay(config.rollout.load_rollouts), None)
 
 
 def check_untouched(trainer: Any, before: dict[str, torch.Tensor], trained_later: set[str]) -> None:
@@ -66,7 +69,7 @@ def check_untouched(trainer: Any, before: dict[str, torch.Tensor], trained_later
     names = dict(trainer.actor.named_parameters())
     for name in trained_later & names.keys():
         assert torch.equal(names[name], before[name]), f"{name} moved in phase 1"
-    spec = trainer.schedule.at(1)
+    spec = trainer.monitor.schedule.at(1)
     bit = trainer.actor.optimizer._bits[spec]
     for optimizer in inner:
         for group in optimizer.param_groups:

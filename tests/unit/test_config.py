@@ -4,10 +4,12 @@ import dataclasses
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_bupo.config.commands import GenerateConfig, ScoreConfig
+from megatron_bupo.config.monitor import MonitorConfig
 from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
 from megatron_bupo.config.train import (
     AlgorithmConfig,
@@ -44,12 +46,16 @@ def train(model: ModelConfig, tmp_path: Path) -> TrainConfig:
         RolloutConfig(),
         SGLangConfig(),
         BatchConfig(),
+        MonitorConfig(),
         RunConfig(),
     )
 
 
-def changed(config: TrainConfig, group: str, **values: object) -> TrainConfig:
-    return replace(config, **{group: replace(getattr(config, group), **values)})
+def changed(config: Any, group: str, **values: object) -> Any:
+    """With other values in a group, or in one inside it: algorithm.objective."""
+    outer, _, inner = group.partition(".")
+    held = getattr(config, outer)
+    return replace(config, **{outer: changed(held, inner, **values) if inner else replace(held, **values)})
 
 
 def test_defaults_are_those_of_the_interface(train: TrainConfig) -> None:
@@ -59,18 +65,16 @@ def test_defaults_are_those_of_the_interface(train: TrainConfig) -> None:
     assert (train.optimizer.weight_decay, train.optimizer.clip_grad) == (0.01, 1.0)
     assert (train.schedule.internal_layer, train.schedule.internal_steps) == (None, 0)
     assert (train.schedule.internal_module, train.schedule.internal_policy_norm) == ("layer", "none")
-    assert (train.algorithm.clip_ratio_low, train.algorithm.clip_ratio_high, train.algorithm.dual_clip) == (
-        0.2,
-        0.2,
-        10,
-    )
-    assert (train.algorithm.kl_loss_coef, train.algorithm.kl_type, train.algorithm.entropy_coef) == (0, "k3", 0)
-    assert (train.algorithm.advantage_estimator, train.algorithm.loss_aggregation) == ("grpo", "token-mean")
+    objective, clip = train.algorithm.objective, train.algorithm.losses.ppo_clip  # type: ignore[attr-defined]
+    assert (clip.clip_ratio_low, clip.clip_ratio_high, clip.dual_clip) == (0.2, 0.2, 10)
+    assert (objective.kl_loss_coef, objective.kl_type, objective.entropy_coef) == (0, "k3", 0)
+    assert (train.algorithm.advantage_estimator, train.algorithm.loss) == ("grpo", "ppo-clip")
+    assert (objective.loss_aggregation, train.algorithm.aggregation) == ("token-mean", "token-mean")
     assert (train.rollout.rollout_batch_size, train.rollout.n_samples_per_prompt) == (128, 8)
     assert (train.data.rollout_max_prompt_len, train.rollout.rollout_max_response_len) == (1024, 8192)
     assert (train.rollout.rollout_temperature, train.rollout.rollout_top_p) == (1.0, 1.0)
     assert (train.batch.global_batch_size, train.batch.max_tokens_per_micro_batch) == (None, 16384)
-    assert (train.batch.monitor_responses, train.run.seed, train.model.bf16) == (64, 1234, False)
+    assert (train.monitor.monitor_responses, train.run.seed, train.model.bf16) == (64, 1234, False)
 
 
 def test_groups_are_frozen(train: TrainConfig) -> None:
@@ -100,8 +104,7 @@ def test_groups_are_frozen(train: TrainConfig) -> None:
         ("optimizer", {"min_lr": 1e-3}, "must be at most --lr 1e-06"),
         ("optimizer", {"lr_warmup_iters": 6}, "must be at most --train-iters 5"),
         ("optimizer", {"lr": math.nan}, "must be a finite number"),
-        ("algorithm", {"dual_clip": 1.0}, "must be greater than 1, or 0"),
-        ("algorithm", {"advantage_estimator": "dr-grpo", "loss_aggregation": "seq-mean"}, "leave the flag out"),
+        ("algorithm.losses.ppo_clip", {"dual_clip": 1.0}, "must be greater than 1, or 0"),
         ("batch", {"global_batch_size": 1000}, "must divide the 1024 responses of a step"),
         ("batch", {"global_batch_size": 2048}, "must divide the 1024 responses of a step"),
         ("data", {"prompt_data": None}, "give --prompt-data FILE... or --load-rollouts DIR"),
@@ -133,11 +136,11 @@ def test_refused_combinations(train: TrainConfig, group: str, values: dict[str, 
             {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         ),
         ("optimizer", {"lr_warmup_iters": 5}),
-        ("algorithm", {"dual_clip": 0.0}),
+        ("algorithm.losses.ppo_clip", {"dual_clip": 0.0}),
         ("algorithm", {"advantage_estimator": "dr-grpo"}),
         ("batch", {"global_batch_size": 256}),
         ("batch", {"global_batch_size": 1024}),
-        ("batch", {"monitor_responses": 0}),
+        ("monitor", {"monitor_responses": 0}),
     ],
 )
 def test_allowed_combinations(
@@ -145,6 +148,14 @@ def test_allowed_combinations(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     changed(train, group, **values).check()
+
+
+def test_dr_grpo_has_its_own_aggregation(train: TrainConfig) -> None:
+    dr_grpo = changed(train, "algorithm", advantage_estimator="dr-grpo")
+    dr_grpo.check()
+    assert dr_grpo.algorithm.aggregation == "dr-grpo"
+    with pytest.raises(UsageError, match="leave the flag out"):
+        changed(dr_grpo, "algorithm.objective", loss_aggregation="seq-mean").check()
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr-grpo", "rloo"])
@@ -204,7 +215,7 @@ def test_files_that_are_read_must_exist(train: TrainConfig, tmp_path: Path) -> N
     refused("model", "has no config.json", hf_model=str(tmp_path))
     refused("data", "must end in .parquet or .jsonl", prompt_data=[str(tmp_path / "prompts.csv")])
     refused("data", "is not there", prompt_data=[*train.data.prompt_data, str(tmp_path / "more.jsonl")])
-    refused("data", "is not there", reward=str(tmp_path / "reward.py") + ":score")
+    refused("data", "cannot read the file", reward=str(tmp_path / "reward.py") + ":score")
     refused("data", "must be math or FILE.py:function", reward="maths")
     refused("data", "must be math or FILE.py:function", reward="reward.py:not a name")
     refused("rollout", "no such folder", load_rollouts=str(tmp_path / "nowhere"))

@@ -17,11 +17,19 @@ from transformers import AutoModelForCausalLM
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.train import TrainConfig
-from megatron_bupo.model.policy import PolicyOutput
+from megatron_bupo.parallel.reduce import combine
 from megatron_bupo.rl.schedule import PolicySchedule
-from megatron_bupo.samples import MicroBatch, Rollout
+from megatron_bupo.samples import Rollout
 from megatron_bupo.training.actor import UpdateResult
-from megatron_bupo.training.metrics import console_line, engine_alarm, means, observe, rollout_metrics, update_metrics
+from megatron_bupo.training.metrics import (
+    MAXIMA,
+    console_line,
+    engine_alarm,
+    means,
+    observe,
+    rollout_metrics,
+    update_metrics,
+)
 from megatron_bupo.training.plan import describe_plan, memory_estimate, parameter_counts
 from megatron_bupo.training.run_record import describe_run, fingerprint
 from megatron_bupo.training.run_state import RunIdentity
@@ -40,20 +48,19 @@ def test_the_alarm_for_an_engine_that_drifts(mean: float | None, bound: float, i
     assert told is None or f"above --logprob-diff-alarm {bound}" in told
 
 
-def micro_batch(mask: list[float], engine: list[float] | None) -> MicroBatch:
-    rows = torch.arange(len(mask))
-    values = {} if engine is None else {"rollout_logprobs": torch.tensor(engine)}
-    cuts = torch.tensor([0, len(mask)], dtype=torch.int32)
-    return MicroBatch(rows, cuts, rows, rows, rows * 0, torch.tensor(mask), [0], values)
-
-
-def output(logprobs: list[float], entropy: list[float]) -> PolicyOutput:
-    return PolicyOutput(torch.tensor(logprobs), torch.tensor(entropy))
+def observed(
+    mask: list[float], engine: list[float] | None, logprobs: list[float], entropy: list[float]
+) -> dict[str, Tensor]:
+    columns = [torch.tensor(column) for column in (logprobs, entropy, mask)]
+    return observe(*columns, None if engine is None else torch.tensor(engine))
 
 
 def added(*seen: dict[str, Tensor]) -> dict[str, float]:
-    """What reduce_everywhere makes of the micro-batches: sums, and the largest of the maxima."""
-    return {name: (max if name.endswith("_max") else sum)([float(values[name]) for values in seen]) for name in seen[0]}
+    """Of several micro-batches: sums, and the largest of the maxima."""
+    total: dict[str, float] = {}
+    for values in seen:
+        combine(total, {name: float(value) for name, value in values.items()}, MAXIMA)
+    return total
 
 
 # --- metrics.py
@@ -61,11 +68,9 @@ def added(*seen: dict[str, Tensor]) -> dict[str, float]:
 
 def test_what_is_observed_of_a_policy_are_means_over_trained_tokens() -> None:
     """Two micro-batches of 3 and 1 trained tokens: a mean of means would give 4.0 for the entropy, not 3.0."""
-    first = micro_batch([1, 1, 0, 1], engine=[-1.0, -2.0, -3.0, -4.0])
-    second = micro_batch([0, 1], engine=[-5.0, -1.0])
     seen = [
-        observe(first, output([-1.1, -2.0, -9.0, -3.8], [1.0, 2.0, 100.0, 3.0])),
-        observe(second, output([-5.0, -1.1], [50.0, 6.0])),
+        observed([1, 1, 0, 1], [-1.0, -2.0, -3.0, -4.0], [-1.1, -2.0, -9.0, -3.8], [1.0, 2.0, 100.0, 3.0]),
+        observed([0, 1], [-5.0, -1.0], [-5.0, -1.1], [50.0, 6.0]),
     ]
     found = means(added(*seen))
     k3 = (2 * (math.exp(-0.1) + 0.1 - 1) + (math.exp(0.2) - 0.2 - 1)) / 4
@@ -75,20 +80,20 @@ def test_what_is_observed_of_a_policy_are_means_over_trained_tokens() -> None:
 
 
 def test_without_the_engines_logprobs_nothing_is_compared() -> None:
-    seen = observe(micro_batch([1, 1], engine=None), output([-1.0, -2.0], [0.5, 1.5]))
+    seen = observed([1, 1], None, [-1.0, -2.0], [0.5, 1.5])
     assert means(added(seen)) == {"entropy": 1.0}
 
 
 def test_only_tokens_with_known_engine_logprobs_are_compared() -> None:
-    known = observe(micro_batch([1, 1], engine=[-1.0, -2.0]), output([-1.5, -2.0], [1.0, 1.0]))
-    unknown = observe(micro_batch([1, 1], engine=None), output([-9.0, -9.0], [3.0, 3.0]))
+    known = observed([1, 1], [-1.0, -2.0], [-1.5, -2.0], [1.0, 1.0])
+    unknown = observed([1, 1], None, [-9.0, -9.0], [3.0, 3.0])
     found = means(added(known, unknown))
     assert found["entropy"] == 2.0
     assert found["logprob_diff_mean"] == pytest.approx(0.25), "over the two tokens that could be compared"
 
 
 def test_no_trained_token_at_all() -> None:
-    seen = observe(micro_batch([0, 0], engine=[-1.0, -1.0]), output([-2.0, -2.0], [1.0, 1.0]))
+    seen = observed([0, 0], [-1.0, -1.0], [-2.0, -2.0], [1.0, 1.0])
     assert means(added(seen)) == {"entropy": 0.0}
 
 
@@ -120,8 +125,8 @@ def test_what_the_responses_say() -> None:
 
 
 def test_updates_are_listed_and_their_ratios_averaged_over_all_tokens() -> None:
-    first = UpdateResult(0.5, 2.0, {"clip_frac": 1.0, "clip_frac_dual": 0.0, "ratio": 10.5, "num_tokens": 10.0})
-    second = UpdateResult(-0.1, 3.0, {"clip_frac": 6.0, "clip_frac_dual": 3.0, "ratio": 28.5, "num_tokens": 30.0})
+    first = UpdateResult(0.5, 2.0, {"clip_frac": 1.0, "clip_frac_dual": 0.0, "ratio_mean": 10.5, "num_tokens": 10.0})
+    second = UpdateResult(-0.1, 3.0, {"clip_frac": 6.0, "clip_frac_dual": 3.0, "ratio_mean": 28.5, "num_tokens": 30.0})
     assert update_metrics([first, second]) == {
         "loss": [0.5, -0.1],
         "grad_norm": [2.0, 3.0],

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_bupo.config.command_line import COMMANDS, flags_of, read_flags
 from megatron_bupo.config.converters import HFToMegatronConfig, MegatronToHFConfig
-from megatron_bupo.config.flags import Group
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group
 
 ROOT = Path(__file__).parents[2]
 MODEL, DATA = ["--hf-model", "model"], ["--prompt-data", "data.jsonl"]

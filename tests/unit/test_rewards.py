@@ -11,8 +11,9 @@ import pytest
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rewards.math import extract_boxed, score
-from megatron_bupo.rewards.runner import RewardFunction, RewardRunner
+from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.samples import Rollout
+from megatron_bupo.user_code import UserFunction
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -206,7 +207,7 @@ def test_a_slow_function_of_ones_own_is_counted(user_file):
         ("nan", "nan' failed on record 1: it returned nan; a reward must be a finite number"),
         ("leaves", "leaves' failed on record 1: it raised SystemExit: 3"),
         ("dies", r"dies' failed on record 1: it ended its process \(exit code 3\)"),
-        ("constant", "constant': 'constant' is not a function"),
+        ("constant", "constant': constant in .* is not a function"),
     ],
 )
 def test_a_failing_function_is_named(user_file, name, reason):
@@ -217,7 +218,10 @@ def test_a_failing_function_is_named(user_file, name, reason):
 def test_a_file_that_fails_does_so_in_the_worker_only(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("import sys\nsys.own_reward_was_run = True\ndef score(record): return 1.0\nprint(1 / 0)\n")
-    with RewardRunner(f"{file}:score") as runner, pytest.raises(UsageError, match=r"running the file failed.*division"):
+    with (
+        RewardRunner(f"{file}:score") as runner,
+        pytest.raises(UsageError, match=r"running the file .* failed .*division"),
+    ):
         runner.score([rollout()])
     assert not hasattr(sys, "own_reward_was_run")
 
@@ -225,13 +229,13 @@ def test_a_file_that_fails_does_so_in_the_worker_only(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("maths", "give 'math' or FILE.py:function"),
-        ("own.py", "give 'math' or FILE.py:function"),
-        ("own.txt:score", "give 'math' or FILE.py:function"),
-        ("own.py:not a name", "give 'math' or FILE.py:function"),
-        ("missing.py:score", "cannot read the file 'missing.py'"),
-        ("own.py:score", "defines no 'score'"),
-        ("own.py:print", "defines no 'print'"),  # used there, not defined
+        ("maths", "must be math or FILE.py:function"),
+        ("own.py", "must be math or FILE.py:function"),
+        ("own.txt:score", "must be math or FILE.py:function"),
+        ("own.py:not a name", "must be math or FILE.py:function"),
+        ("missing.py:score", "cannot read the file missing.py"),
+        ("own.py:score", "defines no score"),
+        ("own.py:print", "defines no print"),  # used there, not defined
         ("broken.py:score", "is not valid Python"),
     ],
 )
@@ -246,22 +250,15 @@ def test_bad_specs_are_refused_at_once(tmp_path, monkeypatch, spec, reason):
 def test_names_may_be_imported_or_assigned(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("from math import floor as score\nif True:\n    other = score\n")
-    assert RewardFunction.parse(f"{file}:score") == RewardFunction(str(file), "score")
-    assert RewardFunction.parse(f"{file}:other").name == "other"
-
-
-def test_bad_numbers_are_refused():
-    for timeout_s in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(UsageError, match="reward timeout"):
-            RewardRunner(timeout_s=timeout_s)
-    with pytest.raises(UsageError, match="reward workers"):
-        RewardRunner(num_workers=0)
+    assert UserFunction.parse("--reward", f"{file}:score", "record", ()) == UserFunction(str(file), "score")
+    assert UserFunction.parse("--reward", f"{file}:other", "record", ()).name == "other"
 
 
 SCRIPT = """
 import sys
 from types import SimpleNamespace
 from megatron_bupo.rewards.runner import RewardRunner
+from megatron_bupo.user_code import UserFunction
 
 if __name__ == "__main__":
     record = SimpleNamespace(group=0, response="slow", answer="")

@@ -131,7 +131,7 @@ def refusal(tmp_path: Path, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--internal-layer", "2", "--internal-steps", "4", "--monitor-responses", "0"], "the watch is off"),
+        (["--internal-layer", "2", "--internal-steps", "4", "--monitor-responses", "0"], "nothing is watched"),
         ([], "there must be an internal phase"),
         (["--internal-layer", "2", "--internal-steps", "5"], "fewer than --train-iters 5"),
         (["--internal-layer", "auto", "--internal-steps", "5"], "fewer than --train-iters 5"),

@@ -1,0 +1,42 @@
+"""The flags of what is watched while a run trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bupo.config.stop_bounds import StopBound
+from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group, flag
+
+
+@dataclass(frozen=True)
+class MonitorConfig(Group):
+    """what is watched"""
+
+    monitor_responses: int = flag(
+        "responses whose full policy is watched in an internal phase, now and at its start; 0 = off", 64, low=0
+    )
+    internal_stop: list[str] | None = flag(
+        "end an internal phase when one is crossed: kl:X nats above, entropy:X nats away from, length:X times or 1/X "
+        "of, accuracy:X below where the phase began",
+        None,
+        metavar="NAME:X",
+    )
+    entropy_flow_interval: int | None = flag("steps between measurements of the entropy flow", None, low=1)
+    entropy_flow_responses: int = flag("responses of a step whose entropy flow is measured", 64, low=1)
+    logprob_diff_alarm: float = flag(
+        "warn when logprob_diff_mean, the engine against the trainer, is above this many nats; 0 = never", 0.1, low=0
+    )
+
+    def check(self) -> None:
+        super().check()
+        names = [bound.name for bound in self.stop_bounds]
+        if len(set(names)) < len(names):
+            raise UsageError(f"--internal-stop {' '.join(self.internal_stop or [])}: give each name once")
+        if self.internal_stop and self.monitor_responses == 0:
+            raise UsageError("--internal-stop with --monitor-responses 0: nothing is watched; give 1 response or more")
+
+    @property
+    def stop_bounds(self) -> list[StopBound]:
+        """When an internal phase is to end early."""
+        return [StopBound.parse(text) for text in self.internal_stop or []]

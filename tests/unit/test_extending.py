@@ -1,0 +1,129 @@
+"""The examples of docs/extending.md, each by itself."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bupo.rewards.runner import RewardRunner
+from megatron_bupo.rl.advantage import compute_advantages
+from megatron_bupo.rl.builtin import load_estimator
+from megatron_bupo.rl.loss import LossInputs
+from megatron_bupo.rollout.engine import GenerationRequest, SamplingParams
+from megatron_bupo.samples import Prompt, Rollout
+from megatron_bupo.user_code import UserFunction
+from tests.unit.pages import code_blocks, write_block
+
+PAGE = "extending.md"
+
+
+def load(name: str, function: str, folder: Path) -> Any:
+    return UserFunction.parse("--mine", f"{write_block(PAGE, name, folder)}:{function}", "inputs", ()).load()
+
+
+def test_the_page_has_the_examples_that_are_tested_here() -> None:
+    assert {Path(name).name for name in code_blocks(PAGE)} == {
+        "mine_loss.py", "mine.py", "mine_estimator.py", "mine_reward.py", "mine_engine.py",
+    }  # fmt: skip
+
+
+def test_the_loss(tmp_path: Path) -> None:
+    """Two responses with mean log-ratios 1e-4 (inside the clip) and 1 (outside, advantage above 0)."""
+    gspo = load("mine_loss.py", "gspo", tmp_path)
+    inputs = LossInputs(
+        logprobs=torch.tensor([-1.0, -1.9998, -1.0]),
+        entropy=torch.zeros(3),
+        old_logprobs=torch.tensor([-1.0, -2.0, -2.0]),
+        advantages=torch.tensor([2.0, 2.0, 1.0]),
+        mask=torch.tensor([True, True, True]),
+        tokens=torch.tensor([5, 6, 7]),
+        segments=torch.tensor([0, 0, 1]),
+        num_responses=2,
+    )
+    outputs = gspo(inputs)
+    torch.testing.assert_close(
+        outputs.per_token, torch.tensor([-2 * math.exp(1e-4)] * 2 + [-1.0004]), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(outputs.metrics["sequence_ratio"][2], torch.tensor(math.e))
+
+
+def test_the_estimator(tmp_path: Path) -> None:
+    write_block(PAGE, "mine_estimator.py", tmp_path)
+    name = f"{tmp_path / 'mine_estimator.py'}:median_and_length"
+    rollouts = [Rollout(0, [1], [2] * length, reward=reward) for length, reward in ((1, 0.0), (2, 1.0), (3, 1.0))]
+    found = compute_advantages(load_estimator(name), name, rollouts)
+    torch.testing.assert_close(found, torch.tensor([-1.001, -0.002, -0.003]))
+
+
+def test_the_reward(tmp_path: Path) -> None:
+    file = write_block(PAGE, "mine_reward.py", tmp_path)
+    rollouts = [Rollout(0, [1], [2, 3], response=text, answer="7") for text in ("it is 7", "it is 8")]
+    with RewardRunner(f"{file}:short_and_right") as runner:
+        assert runner.score(rollouts).rewards == pytest.approx([0.98, -0.02])
+
+
+def test_the_engine(tmp_path: Path) -> None:
+    engine = load("mine_engine.py", "ConstantEngine", tmp_path)([5, 2], -0.5)
+
+    class Model:
+        def hf_tensors(self) -> Any:
+            return iter([("w", torch.zeros(1))])
+
+    engine.update_weights(Model(), "3")
+    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=4, stop_token_ids=(2,), seed=0)
+    (answer,) = engine.generate([GenerationRequest(Prompt(0, [1], "x"), 0, 1)], params)
+    assert (answer.tokens, answer.logprobs, answer.weight_version) == ([5, 2], [-0.5, -0.5], "3")
+
+
+BUILT_IN = """
+import json, sys
+import megatron_bupo.rl.losses as losses
+losses.__path__.append(sys.argv[1])  # as if the file lay in the folder
+from megatron_bupo.config.command_line import build_parser, parse
+from megatron_bupo.errors import UsageError
+
+config = parse("train", json.loads(sys.argv[2]))
+refusal = None
+try:
+    parse("train", [*json.loads(sys.argv[2]), "--gradient-weight", "-1"])
+except UsageError as error:
+    refusal = str(error)
+from megatron_bupo.rl.builtin import load_loss
+from types import SimpleNamespace
+is_torch_free = "torch" not in sys.modules
+import torch
+inputs = SimpleNamespace(advantages=torch.tensor([2.0]), logprobs=torch.tensor([-1.0]))
+value = load_loss(config.algorithm.loss, config.algorithm.losses)(inputs).per_token.item()
+in_help = "--gradient-weight" in build_parser("train").format_help()
+print(json.dumps([value, refusal, in_help, is_torch_free]))
+"""
+
+
+def test_a_loss_with_flags_is_one_new_file(tmp_path: Path) -> None:
+    folder, model = tmp_path / "losses", tmp_path / "model"
+    folder.mkdir()
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text("")
+    write_block(PAGE, "megatron_bupo/rl/losses/mine.py", folder)
+    words = ["--hf-model", str(model), "--prompt-data", str(tmp_path / "prompts.jsonl"), "--train-iters", "2"]
+    words += ["--loss", "policy-gradient", "--gradient-weight", "3"]
+    done = subprocess.run(
+        [sys.executable, "-c", BUILT_IN, str(folder), json.dumps(words)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    value, refusal, in_help, is_torch_free = json.loads(done.stdout)
+    assert value == 6.0  # -3 * 2 * -1
+    assert refusal == "--gradient-weight -1.0: must be greater than 0"
+    assert in_help
+    assert is_torch_free
