@@ -13,7 +13,7 @@ import sys
 import time
 
 from megatron_bupo.config.converters import MegatronToHFConfig
-from megatron_bupo.conversion.program import report, run_converter
+from megatron_bupo.conversion.program import report, report_tokenizer, run_converter
 from megatron_bupo.policy_spec import PolicySpec
 
 
@@ -33,6 +33,7 @@ def run(config: MegatronToHFConfig) -> None:
         else:
             num_bytes = export_policy(source, output, PolicySpec.parse(config.policy), ranks, dtype, force)
         report(ranks.rank, output, num_bytes, started)
+        report_tokenizer(ranks.rank, output)
         if config.policy is not None and ranks.rank == 0:
             print(f"{output} has a modeling file of its own: load it with trust_remote_code=True")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from megatron_bupo.config.program import run_program
@@ -25,3 +26,12 @@ def report(rank: int, text: str, num_bytes: int, started: float) -> None:
     if rank == 0:
         seconds = time.monotonic() - started
         print(f"{text}: {num_bytes / 1e9:.2f} GB in {seconds:.2f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
+
+
+def report_tokenizer(rank: int, folder: str) -> None:
+    """One line, on rank 0, where transformers would not go by the tokenizer.json of the folder."""
+    if rank == 0 and (Path(folder) / "tokenizer.json").is_file():
+        from megatron_bupo.data.tokenizer import transformers_note  # transformers, which --help does without
+
+        if note := transformers_note(folder):
+            print(note)
