@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from megatron_bupo.config.converters import LayoutConfig, MegatronToHFConfig
 from megatron_bupo.conversion.program import report_tokenizer
 from megatron_bupo.data.tokenizer import PROBES, load_tokenizer, transformers_note
 from megatron_bupo.errors import UsageError
@@ -99,8 +100,8 @@ def test_the_export_says_what_transformers_would_load(tmp_path: Path, capsys: py
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tmp_path / "tokenizer" / name, tmp_path / "source" / name)
     convert(tmp_path / "source", tmp_path / "stored")
-    main = runpy.run_path(str(ROOT / "checkpoint_converters" / "megatron_to_hf.py"))["main"]
-    assert main(["--checkpoint", str(tmp_path / "stored"), "--output", str(tmp_path / "back")]) == 0
+    run = runpy.run_path(str(ROOT / "checkpoint_converters" / "megatron_to_hf.py"))["run"]
+    run(MegatronToHFConfig(checkpoint=str(tmp_path / "stored"), output=str(tmp_path / "back"), layout=LayoutConfig()))
     note = transformers_note(tmp_path / "back")  # None: a later transformers that goes by the file
     assert note is None or capsys.readouterr().out.splitlines()[-1] == note
 
