@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.parallel.launch import assert_passed, run_python
 
 
 def run_program(program: str, *flags: str | Path) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "checkpoint_converters" / program), *map(str, flags)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    result = run_python(f"checkpoint_converters/{program}", *flags)
+    assert_passed(result)
     return result.stdout
 
 

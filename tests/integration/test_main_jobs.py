@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from megatron_bupo.analysis.plots import read_metrics
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
-from tests.integration.conftest import ROOT
-from tests.parallel.launch import assert_passed, torchrun
+from tests.parallel.launch import assert_passed, run_python, torchrun
 
 
 def test_demo_learns_with_bupo_and_with_grpo(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, "examples/demo.py", "--output", str(tmp_path / "demo")]
-    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    result = run_python("examples/demo.py", "--output", tmp_path / "demo")
+    assert_passed(result)
     for run, first_phase in (("bupo", "layer:2"), ("grpo", "full")):
         metrics = read_metrics(tmp_path / "demo" / run)
         rewards = [step["reward_mean"] for step in metrics]
@@ -32,11 +26,7 @@ def test_demo_learns_with_bupo_and_with_grpo(tmp_path: Path) -> None:
 
 def test_smollm2_takes_a_step_in_each_phase(smollm2: Path, tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
-    subprocess.run(
-        [sys.executable, "tools/make_word_problems.py", "--output", str(problems), "--num-prompts", "8"],
-        cwd=ROOT,
-        check=True,
-    )
+    assert_passed(run_python("tools/make_word_problems.py", "--output", problems, "--num-prompts", "8"))
     words = ["-m", "megatron_bupo", "train", "--config", "examples/smollm2_bupo.yaml", "--hf-model", str(smollm2)]
     words += ["--prompt-data", str(problems), "--train-iters", "2", "--internal-steps", "1"]
     words += ["--rollout-batch-size", "2", "--rollout-max-response-len", "48"]

@@ -1,4 +1,4 @@
-"""Start a script of this folder under torchrun, as a user would, with one thread a process."""
+"""Start Python programs as a user would, alone or under torchrun, with one thread a process."""
 
 from __future__ import annotations
 
@@ -30,33 +30,50 @@ def recompute_flags(layout_flags: list[str]) -> list[str]:
     return ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", pieces]
 
 
-def torchrun(
-    processes: int, *command: str, timeout: float = 900, on_gpu: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Run `python -m torch.distributed.run ... command` and return what it printed; without `on_gpu` on the CPU."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    if not on_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+# No command takes that long, whatever else the machine does: it hangs.
+HANG_S = 1800.0
+MOST_CHARACTERS = 6000
+
+
+def child_environment(on_gpu: bool = False) -> dict[str, str]:
+    """This process's environment for a Python of a test: it finds the project, whose folder need not be installed.
+
+    What PYTHONPATH holds stays behind the project's folder: packages may be installed there.
+    """
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
+    return environment if on_gpu else environment | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_python(*command: object, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run `python command` in the project's folder and return what it printed; without `on_gpu` on the CPU."""
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            *command,
-        ],
+        [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env=environment,
+        env=child_environment(on_gpu),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANG_S,
         check=False,
     )
 
 
+def torchrun(processes: int, *command: object, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
+    """`run_python` of `command` in several processes, as a user starts them."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    return run_python(*launcher, *command, on_gpu=on_gpu)
+
+
 def assert_passed(result: subprocess.CompletedProcess[str]) -> None:
-    """Fail with what the ranks printed, without torchrun's banner."""
-    lines = (result.stdout + result.stderr).splitlines()
-    told = [line for line in lines if line.startswith(("[rank", "off:", "megatron-bupo"))][-60:]
-    assert result.returncode == 0, "\n".join(told)
+    """Fail with the end of what the command printed, tracebacks of its processes included.
+
+    torchrun's own report, the 40 lines after the one with the exit code of a process, is left out.
+    """
+    before, exit_code, after = result.stderr.partition("] failed (exitcode: ")
+    errors = before + exit_code + after.partition("\n")[0]
+    assert result.returncode == 0, f"exit code {result.returncode}\n{_end(result.stdout)}\n{_end(errors)}"
+
+
+def _end(text: str) -> str:
+    """The end of a text, MOST_CHARACTERS at most."""
+    return text if len(text) <= MOST_CHARACTERS else f"[...]{text[-MOST_CHARACTERS:]}"

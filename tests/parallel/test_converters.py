@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,10 @@ from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.conversion.convert import hf_to_megatron
 from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.data.rollout_files import write_rollouts
-from tests.parallel.launch import ROOT, assert_passed, torchrun
+from tests.parallel.launch import assert_passed, run_python, torchrun
 from tests.parallel.references import configs, random_rollouts, write_model
 
-PROGRAMS = ROOT / "checkpoint_converters"
+PROGRAMS = Path("checkpoint_converters")
 TP, PP, VPP = (
     "--tensor-model-parallel-size",
     "--pipeline-model-parallel-size",
@@ -54,12 +51,6 @@ def converter_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_program(program: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, str(PROGRAMS / program), *map(str, flags)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_megatron_core_agrees_in_every_layout(layout: str, converter_cases: Path, tmp_path: Path) -> None:
     processes, flags = LAYOUTS[layout]
@@ -70,19 +61,18 @@ def test_megatron_core_agrees_in_every_layout(layout: str, converter_cases: Path
 def test_programs_under_torchrun(converter_cases: Path, tmp_path: Path) -> None:
     source, stored, back = converter_cases / "sources" / "qwen3-tied", tmp_path / "stored", tmp_path / "back"
     layout = [TP, "2"]
-    program = str(PROGRAMS / "hf_to_megatron.py")
-    result = torchrun(2, program, "--hf-model", str(source), "--output", str(stored), *layout)
-    assert result.returncode == 0, result.stderr
+    program = PROGRAMS / "hf_to_megatron.py"
+    result = torchrun(2, program, "--hf-model", source, "--output", stored, *layout)
+    assert_passed(result)
     assert str(stored) in result.stdout and len(list(stored.glob("release/__1_*.distcp"))) == 2
-    result = torchrun(2, program, "--hf-model", str(source), "--output", str(stored), *layout)
+    result = torchrun(2, program, "--hf-model", source, "--output", stored, *layout)
     lines = [line for line in result.stderr.splitlines() if line.startswith("hf_to_megatron.py: error: ")]
     assert result.returncode == 1 and len(lines) == 1 and "--force" in lines[0]
-    back_words = ["--checkpoint", str(stored), "--output", str(back)]
-    result = torchrun(2, str(PROGRAMS / "megatron_to_hf.py"), *back_words, *layout)
-    assert result.returncode == 0, result.stderr
+    assert_passed(torchrun(2, PROGRAMS / "megatron_to_hf.py", "--checkpoint", stored, "--output", back, *layout))
     assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    result = torchrun(2, str(PROGRAMS / "verify.py"), "--hf-model", str(source), "--checkpoint", str(stored), PP, "2")
-    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "equal", result.stderr
+    result = torchrun(2, PROGRAMS / "verify.py", "--hf-model", source, "--checkpoint", stored, PP, "2")
+    assert_passed(result)
+    assert result.stdout.splitlines()[-1] == "equal"
 
 
 def test_verify_finds_one_changed_number(converter_cases: Path, tmp_path: Path) -> None:
@@ -94,7 +84,7 @@ def test_verify_finds_one_changed_number(converter_cases: Path, tmp_path: Path) 
     state[name][3, 5] += 0.5
     save_file(state, changed / "model.safetensors", {"format": "pt"})
     stored = converter_cases / "stored" / "llama-tied"
-    result = run_program("verify.py", "--hf-model", changed, "--checkpoint", stored)
+    result = run_python(PROGRAMS / "verify.py", "--hf-model", changed, "--checkpoint", stored)
     assert result.returncode == 1, result.stderr
     assert f"{name}: 1 of 1024 values differ, by at most 0.5" in result.stdout
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
@@ -123,7 +113,7 @@ def test_verify_finds_one_changed_number(converter_cases: Path, tmp_path: Path) 
     ],
 )
 def test_bad_flags_end_with_one_line(words: list[str], complaint: str) -> None:
-    result = run_program(*words)
+    result = run_python(PROGRAMS / words[0], *words[1:])
     assert result.returncode == 2 and complaint in result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith(f"{words[0]}: error: ")
 
@@ -137,10 +127,9 @@ def test_an_internal_policy_is_a_model_of_its_own(
 ) -> None:
     """The exported folder in transformers against `score`."""
     source, stored, folder = converter_cases / "sources" / case, converter_cases / "stored" / case, tmp_path / "policy"
-    result = run_program(
-        "megatron_to_hf.py", "--checkpoint", stored, "--output", folder, "--policy", policy, "--dtype", "float32"
-    )
-    assert result.returncode == 0, result.stderr
+    words = ["--checkpoint", stored, "--output", folder, "--policy", policy, "--dtype", "float32"]
+    result = run_python(PROGRAMS / "megatron_to_hf.py", *words)
+    assert_passed(result)
     assert "trust_remote_code=True" in result.stdout
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -150,9 +139,7 @@ def test_an_internal_policy_is_a_model_of_its_own(
     rollouts = random_rollouts(3)
     write_rollouts(tmp_path / "rollouts.jsonl", rollouts)
     words = ["--rollouts", tmp_path / "rollouts.jsonl", "--policy", policy, "--output", tmp_path / "scores.jsonl"]
-    command = [sys.executable, "-m", "megatron_bupo", "score", "--hf-model", source, *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
+    assert_passed(run_python("-m", "megatron_bupo", "score", "--hf-model", source, *words))
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     for rollout, score in zip(rollouts, scores, strict=True):
         tokens = torch.tensor(rollout.prompt_tokens + rollout.response_tokens)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import Rollout
-from tests.parallel.launch import ROOT, torchrun
+from tests.parallel.launch import assert_passed, run_python, torchrun
 from tests.parallel.references import VOCAB_SIZE, configs, reference_scores, write_model
 
 STEPS, TEMPERATURE = 3, "0.8"
@@ -42,23 +40,23 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without what depends on the clock."""
-        assert self.result.returncode == 0, self.result.stdout + self.result.stderr
+        assert_passed(self.result)
         lines = (self.folder / "save" / "metrics.jsonl").read_text().splitlines()
         parsed = [json.loads(line) for line in lines]
         timed = {name for name in parsed[0] if name.startswith("time/")} | {"tokens_per_s"}
         return [{name: value for name, value in line.items() if name not in timed} for line in parsed]
 
     def weights(self) -> dict[str, Tensor]:
-        assert self.result.returncode == 0, self.result.stdout + self.result.stderr
+        assert_passed(self.result)
         tensors: dict[str, Tensor] = load_file(self.folder / "hf" / "model.safetensors")
         return tensors
 
     def rollouts(self, step: int) -> list[Rollout]:
-        assert self.result.returncode == 0, self.result.stdout + self.result.stderr
+        assert_passed(self.result)
         return read_rollouts(step_file(self.folder / "rollouts", step))
 
     def lines(self, name: str = "out.jsonl") -> list[dict[str, Any]]:
-        assert self.result.returncode == 0, self.result.stdout + self.result.stderr
+        assert_passed(self.result)
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
 
@@ -103,20 +101,14 @@ def score(inputs: Path, out: Path, rollouts: Path, policy: str, temperature: str
     return [*words, "--rollout-temperature", temperature, "--output", str(out / "out.jsonl")]
 
 
-def run_alone(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """`python -m megatron_bupo WORDS` without torchrun, which would import torch once more."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "megatron_bupo", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
 def launch(inputs: Path, commands: dict[str, tuple[int, list[str]]]) -> dict[str, Run]:
     """Run commands, two at a time: most of their time is imports."""
 
     def one(name: str) -> Run:
         processes, words = commands[name]
-        result = run_alone(words) if processes == 1 else torchrun(processes, "-m", "megatron_bupo", *words)
-        return Run(inputs / name, result)
+        words = ["-m", "megatron_bupo", *words]
+        # Without torchrun, which would import torch once more, where one process is enough.
+        return Run(inputs / name, run_python(*words) if processes == 1 else torchrun(processes, *words))
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(commands, pool.map(one, commands), strict=True))

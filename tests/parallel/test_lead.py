@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.launch import LAYOUTS, ROOT, assert_passed, torchrun
+from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
 
 
 @pytest.mark.parametrize("layout", ["PP2", "DP2"])
 def test_the_first_rank_leads(score_cases: Path, layout: str) -> None:
     processes, flags = LAYOUTS[layout]
-    worker = str(ROOT / "tests" / "parallel" / "lead_worker.py")
-    assert_passed(torchrun(processes, worker, str(score_cases), *flags, timeout=240))
+    assert_passed(torchrun(processes, "tests/parallel/lead_worker.py", score_cases, *flags))

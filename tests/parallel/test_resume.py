@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.parallel.launch import LAYOUTS, ROOT, assert_passed, torchrun
+from tests.parallel.launch import HANG_S, LAYOUTS, ROOT, assert_passed, child_environment, run_python, torchrun
 from tests.parallel.resume_worker import STEPS, differences, stopped_after, timeless, train_words
 
 DP2 = ["--use-distributed-optimizer"]
@@ -25,9 +24,7 @@ def torchrun_train(processes: int, words: list[str], run: Path, *flags: str) -> 
 
 
 def test_one_process_stopped_after_every_step(train_cases: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "tests/parallel/resume_worker.py", str(train_cases), str(tmp_path)]
-    assert_passed(subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False))
+    assert_passed(run_python("tests/parallel/resume_worker.py", train_cases, tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +85,14 @@ def test_sigkill_and_the_same_command_again(dtype: list[str], train_cases: Path,
     words += ["--save", str(run), "--load", str(run), "--save-interval", "1", "--keep", "2"]
     words += ["--save-hf", str(tmp_path / "out")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [*launch, "megatron_bupo", *words],
         cwd=ROOT,
-        env=environment,
+        env=child_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not (run / "iter_0000002").is_dir() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     # The launcher's workers are in sessions of their own.

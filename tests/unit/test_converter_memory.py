@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +13,8 @@ from torch import Tensor
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.weights.hf_files import write_hf_folder
+from tests.parallel.launch import assert_passed, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARD_MB, LIMIT_MB, MODEL_MB = 50, 150, 600
 CONFIG = {
     "model_type": "llama",
@@ -34,14 +31,8 @@ CONFIG = {
 
 
 def peak_mb(direction: str, source: Path, output: Path) -> float:
-    script = str(Path(__file__).with_name("converter_memory.py"))
-    result = subprocess.run(
-        [sys.executable, script, direction, str(source), str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = run_python("tests/unit/converter_memory.py", direction, source, output)
+    assert_passed(result)
     return float(result.stdout)
 
 

@@ -16,6 +16,7 @@ from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.errors import UsageError
+from tests.parallel.launch import HANG_S
 from tests.unit.converting import assert_same_files, convert, make_source
 
 
@@ -60,7 +61,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> 
     def killed(target: Callable[..., object], *arguments: object) -> None:
         child = context.Process(target=target, args=arguments)
         child.start()
-        child.join(60)
+        child.join(HANG_S)
         assert child.exitcode == -signal.SIGKILL
 
     killed(hf_to_megatron, source, stored, ParallelConfig(), KilledHalfway())

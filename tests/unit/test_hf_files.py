@@ -21,6 +21,7 @@ from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.errors import UsageError
 from megatron_bupo.weights.hf_files import HFWeights, check_output, write_hf_folder
+from tests.parallel.launch import HANG_S
 from tests.unit.tiny_hf import hf_state, save_tiny
 
 NORM = "model.norm.weight"
@@ -242,7 +243,7 @@ def test_killed_write_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     write = (tensors(), source, output, torch.float32, 4_000)
     child = multiprocessing.get_context("fork").Process(target=write_hf_folder, args=write)
     child.start()
-    child.join(60)
+    child.join(HANG_S)
     assert child.exitcode == -signal.SIGKILL
     assert not output.exists()
     partial = tmp_path / ".output.partial"

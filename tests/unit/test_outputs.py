@@ -14,8 +14,8 @@ from megatron_bupo.config.command_line import COMMANDS, flags_of, read_flags
 from megatron_bupo.config.converters import HFToMegatronConfig, MegatronToHFConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group
+from tests.parallel.launch import child_environment
 
-ROOT = Path(__file__).parents[2]
 MODEL, DATA = ["--hf-model", "model"], ["--prompt-data", "data.jsonl"]
 TRAIN = [*MODEL, *DATA, "--train-iters", "2"]
 SGLANG = ["--rollout-engine", "sglang", "--sglang-launch", "--weight-sync", "disk"]
@@ -137,8 +137,7 @@ def test_a_disk_that_takes_no_more(kind: str, folder: Path, tmp_path_factory: py
         if subprocess.run([*alone, f"mount -t tmpfs none {place}"], capture_output=True, check=False).returncode:
             pytest.skip("no mounts in a namespace here")
         command = [*alone, mount, "sh", *command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     reasons = {"limited": "File too large", "tmpfs": "No space left on device", "read-only": "Read-only file system"}
     assert ended.returncode == 2, ended.stderr
     assert f"nothing can be written in {place} ({reasons[kind]}); choose another place" in ended.stderr

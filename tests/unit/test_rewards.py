@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,7 @@ from megatron_bupo.rewards.math import extract_boxed, score
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.samples import Rollout
 from megatron_bupo.user_code import UserFunction
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.parallel.launch import HANG_S, child_environment
 
 
 def rollout(response: str | None = "", answer: str | None = "5", group: int = 0) -> Rollout:
@@ -104,7 +102,7 @@ def test_a_hanging_comparison_is_killed_and_counted():
     # sympy would compute 9^(9^(9^9)), which has more digits than there are atoms.
     hanging = rollout(r"\boxed{9^{9^{9^{9}}}}")
     seen: list[int] = []
-    with RewardRunner("math", timeout_s=2.0, num_workers=2) as runner:
+    with RewardRunner("math", timeout_s=3.0, num_workers=2) as runner:
         assert runner.score([rollout(r"\boxed{5}")]).rewards == [1.0]  # workers are up: now the clock runs
         start = time.monotonic()
         result = runner.score(
@@ -115,7 +113,7 @@ def test_a_hanging_comparison_is_killed_and_counted():
     assert result.rewards == [0.0, 1.0, 0.0, 0.0, 1.0]
     assert result.timeouts == 2
     assert seen == [1, 2, 3, 4, 5]
-    assert 2.0 <= elapsed < 20.0
+    assert elapsed >= 3.0  # and it ended
 
 
 def test_math_needs_text_and_answer():
@@ -142,7 +140,7 @@ def imports_torch(record):
     return "torch" in sys.modules
 
 def slow(record):
-    time.sleep(60 if record["response"] == "slow" else 0)
+    time.sleep(3600 if record["response"] == "slow" else 0)
     return 1.0
 
 class Own(Exception):
@@ -194,7 +192,7 @@ def test_a_function_of_ones_own(user_file, name, rewards):
 
 
 def test_a_slow_function_of_ones_own_is_counted(user_file):
-    with RewardRunner(f"{user_file}:slow", timeout_s=1.0) as runner:
+    with RewardRunner(f"{user_file}:slow", timeout_s=3.0) as runner:
         result = runner.score([rollout("quick"), rollout("slow"), rollout("quick")])
     assert (result.rewards, result.timeouts) == ([1.0, 0.0, 1.0], 1)
 
@@ -262,7 +260,7 @@ from megatron_bupo.user_code import UserFunction
 
 if __name__ == "__main__":
     record = SimpleNamespace(group=0, response="slow", answer="")
-    with RewardRunner(sys.argv[1], timeout_s=60) as runner:
+    with RewardRunner(sys.argv[1], timeout_s=3600) as runner:
         runner.score([record])
 """
 
@@ -271,7 +269,7 @@ import os, time
 
 def hangs(record):
     print(os.getpid(), flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
@@ -284,11 +282,11 @@ def test_workers_start_without_stdin_and_end_with_a_killed_trainer(tmp_path):
         ["sh", "-c", command],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=child_environment(),
     )
     assert trainer.stdout is not None
     worker_pid = int(trainer.stdout.readline())
     os.kill(worker_pid, 0)  # alive
     trainer.send_signal(signal.SIGKILL)
     # End of file: nobody holds the pipe any more, neither worker nor fork server.
-    assert trainer.communicate(timeout=30)[0] == ""
+    assert trainer.communicate(timeout=HANG_S / 2)[0] == ""

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.bad_input.commands import GOOD_ROW, error_line, rewrite, words_of
-from tests.parallel.launch import torchrun
-from tests.parallel.test_generation import run_alone
+from tests.parallel.launch import run_python, torchrun
 
 
 def assert_every_rank_was_refused(result: subprocess.CompletedProcess[str]) -> None:
@@ -39,7 +38,7 @@ def test_nan_in_one_stage_ends_every_rank_in_one_line(command: str, case: Path) 
 @pytest.mark.parametrize("command", ["score", "generate", "entropy-flow"])
 def test_nan_in_one_process(command: str, case: Path) -> None:
     put_nan(case / "model")
-    result = run_alone(words_of(command, case))
+    result = run_python("-m", "megatron_bupo", *words_of(command, case))
     assert result.returncode == 2, result.stderr
     assert "model.layers.3.mlp.up_proj.weight" in error_line(result.stderr)
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -65,7 +64,7 @@ def test_a_reward_file_that_cannot_be_loaded_ends_every_rank(case: Path) -> None
 
 def test_a_reward_that_raises_ends_the_run_in_one_line(case: Path) -> None:
     (case / "reward.py").write_text("def half(record):\n    return record['no such key']\n")
-    result = run_alone(words_of("train", case))
+    result = run_python("-m", "megatron_bupo", *words_of("train", case))
     assert result.returncode == 2, result.stderr
     assert "failed on record 1: it raised KeyError: 'no such key'" in error_line(result.stderr)
     assert "Traceback" not in result.stderr, result.stderr
