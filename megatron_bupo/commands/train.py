@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from megatron_bupo.training.auto_layer import (
     describe_choice,
     layer_of_run,
 )
-from megatron_bupo.training.run_record import describe_run, fingerprint
+from megatron_bupo.training.run_record import changed_flags, describe_run, fingerprint
 from megatron_bupo.training.run_state import RunIdentity, RunState, Start, cut_metrics, find_start
 from megatron_bupo.training.tracker import Tracker
 from megatron_bupo.weights.checkpoint_tree import HF
@@ -61,6 +61,11 @@ def run(config: TrainConfig) -> None:
     check_source(config)
     identity = _identity(config, schedule, prompts)
     start = find_start(config.run, identity, watched=config.monitor.monitor_responses > 0)
+    if start.folder is not None:
+        changed = changed_flags(config, start.folder.parent)
+        start = replace(start, changes=(*start.changes, *changed))
+        if changed and launch.rank() == 0:
+            print(f"{start.folder}: goes on with other flags than it was started with ({'; '.join(changed)})")
     flow = choice_so_far(config, layer)
     for step in start.ended:
         schedule = schedule.ended_before(step)

@@ -43,19 +43,31 @@ def score_rollouts(
     return [scores[index] for index in range(len(rollouts))]
 
 
-@dataclass(frozen=True)
 class ModelForEngine:
-    """The model in training as a rollout engine sees it (rollout.engine.TrainedModel)."""
+    """A model as a rollout engine sees it (rollout.engine.TrainedModel); engines keep it until they get the next one.
 
-    model: ParallelModel
-    max_tokens: int
+    Args:
+        max_tokens: of a micro-batch.
+    """
+
+    def __init__(self, model: ParallelModel, max_tokens: int) -> None:
+        self._model: ParallelModel | None = model
+        self._max_tokens = max_tokens
 
     def hf_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        return self.model.hf_tensors()
+        return self._held().hf_tensors()
 
     def logprobs(self, tokens: list[int]) -> list[float]:
         rollout = Rollout(group=0, prompt_tokens=tokens[:1], response_tokens=tokens[1:])
-        return score_rollouts(self.model, [rollout], PolicySpec(), 1.0, self.max_tokens)[0].logprobs
+        return score_rollouts(self._held(), [rollout], PolicySpec(), 1.0, self._max_tokens)[0].logprobs
+
+    def release(self) -> None:
+        """Let the model's memory go, although an engine still has this object; it must not be asked any more."""
+        self._model = None
+
+    def _held(self) -> ParallelModel:
+        assert self._model is not None, "the model was released: the engine gets another one before it generates"
+        return self._model
 
 
 def write_scores(path: str | Path, scores: Sequence[Score]) -> None:

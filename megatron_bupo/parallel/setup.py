@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import warnings
 from collections.abc import Iterator
@@ -86,6 +87,16 @@ def parallel_state(config: ParallelConfig, seed: int) -> Iterator[ParallelState]
         cpu.install()
         device = torch.device("cpu")
     _start_process_group(device)
+    is_open = [True]
+
+    def stop() -> None:
+        if is_open:
+            is_open.clear()
+            mpu.destroy_model_parallel()
+            dist.destroy_process_group()
+
+    # A context that is left open (in a notebook, say) ends while torch is still there, not when its modules are gone.
+    atexit.register(stop)
     virtual = config.num_virtual_stages_per_pipeline_rank
     try:
         mpu.initialize_model_parallel(
@@ -113,5 +124,4 @@ def parallel_state(config: ParallelConfig, seed: int) -> Iterator[ParallelState]
             host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
         )
     finally:
-        mpu.destroy_model_parallel()
-        dist.destroy_process_group()
+        stop()

@@ -69,9 +69,11 @@ def choose_layer(
     from megatron_bupo.training.flow_log import flow_of_step
 
     model = ParallelModel(arch, weights, config.parallel, state, dtype, converted)
-    source.update_weights(ModelForEngine(model, config.batch.max_tokens_per_micro_batch), version="0")
+    for_engine = ModelForEngine(model, config.batch.max_tokens_per_micro_batch)
+    source.update_weights(for_engine, version="0")
     # All take the first rank's: another machine's last digit could turn the scales.
     flows = [flow_of_step(model, source.first_step().rollouts, "start", config)]
+    for_engine.release()  # before the trained model is built beside it
     dist.broadcast_object_list(flows, src=0, group=state.host_group)
     if flows[0].suggested_layer is None:
         why = "; ".join(flows[0].selection["reasons"])

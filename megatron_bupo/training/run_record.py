@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_bupo import __version__
 from megatron_bupo.config.train import TrainConfig
+from megatron_bupo.flags import flag_name
 from megatron_bupo.training.run_state import RunIdentity
 
 SCHEMA = 1
 _LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify")
 _SAMPLED_BYTES = 1 << 20
+# What says where a run is kept, how long it is and on which machine it runs may change from start to start; what
+# RunIdentity compares (model, data, seed, schedule, sizes) is refused there.
+_FREE_GROUPS = {"parallel", "sglang", "run"}
+_FREE = {
+    "hf_model", "bf16", "train_iters", "internal_layer", "internal_steps", "internal_module", "policy_schedule",
+    "internal_policy_norm", "prompt_data", "rollout_batch_size", "n_samples_per_prompt", "save_rollouts",
+    "load_rollouts", "reward_workers", "rollout_micro_batch_size", "max_tokens_per_micro_batch",
+    "use_distributed_optimizer",
+}  # fmt: skip
 
 
 def describe_run(
@@ -28,7 +40,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """The content of run.json: what it takes to run it again, and to see that it is the same run.
 
-    `changes` is what a resumed run was told to go on with, `chosen_layer` what --internal-layer auto chose, and why.
+    `changes` is what differs from when a resumed run was started, `chosen_layer` the choice of --internal-layer auto.
     """
     return {
         "schema": SCHEMA,
@@ -41,6 +53,34 @@ def describe_run(
         "changes": list(changes),
         **({"internal_layer": chosen_layer} if chosen_layer is not None else {}),
     }
+
+
+def changed_flags(config: TrainConfig, run: Path) -> list[str]:
+    """The flags of a run that goes on which differ from its run.json, in words; those of _FREE aside.
+
+    None for a folder without a run.json that can be read: it tells how the run was started, not where it stands.
+    """
+    try:
+        before = dict(_leaves(json.loads((run / "run.json").read_text(encoding="utf-8"))["flags"]))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+    now = dict(_leaves(json.loads(json.dumps(asdict(config)))))
+    return [
+        f"{flag_name(name)}: {before[name]} then, {value} now"
+        for name, value in now.items()
+        if name not in _FREE and name in before and before[name] != value
+    ]
+
+
+def _leaves(group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Flags and their values, whatever groups they are in: those of another version may be grouped otherwise."""
+    for name, value in group.items():
+        if name in _FREE_GROUPS:
+            continue
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield name, value
 
 
 def _versions() -> dict[str, str]:

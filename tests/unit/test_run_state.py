@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from megatron_bupo.config.train import RunConfig
+from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.train import RunConfig, TrainConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.samples import Rollout
+from megatron_bupo.training.run_record import changed_flags
 from megatron_bupo.training.run_state import (
     RUN_STATE,
     RunIdentity,
@@ -155,3 +157,40 @@ def test_cut_metrics_drops_later_and_half_lines(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     cut_metrics(tmp_path, 1)
     assert path.read_text() == '{"step": 1}\n'
+
+
+def test_changed_flags_are_named(tmp_path: Path) -> None:
+    """Those that shape the training, whatever group they were in; not those about places, lengths and machines."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text("")
+
+    def config(*flags: str) -> TrainConfig:
+        words = ["--hf-model", str(tmp_path), "--prompt-data", str(tmp_path / "prompts.jsonl"), "--train-iters", "5"]
+        parsed = parse("train", [*words, *flags])
+        assert isinstance(parsed, TrainConfig)
+        return parsed
+
+    phases = ["--internal-layer", "2", "--internal-steps", "2"]
+    run = tmp_path / "run"
+    run.mkdir()
+    assert changed_flags(config(), run) == [], "no run.json"
+    before = asdict(config("--internal-stop", "kl:0.1", "--lr", "1e-5", *phases))
+    before["algorithm"]["dual_clip"] = before["algorithm"]["losses"]["ppo_clip"].pop("dual_clip")  # grouped otherwise
+    (run / "run.json").write_text(json.dumps({"flags": before}))
+    free = [
+        "--save",
+        str(tmp_path / "x"),
+        "--keep",
+        "2",
+        "--save-interval",
+        "1",
+        "--recompute-granularity",
+        "selective",
+    ]
+    assert changed_flags(config("--internal-stop", "kl:0.1", "--lr", "1e-5", *phases, *free), run) == []
+    assert changed_flags(config("--dual-clip", "3", "--rollout-temperature", "0.7"), run) == [
+        "--lr: 1e-05 then, 1e-06 now",
+        "--dual-clip: 10.0 then, 3.0 now",
+        "--rollout-temperature: 1.0 then, 0.7 now",
+        "--internal-stop: ['kl:0.1'] then, None now",
+    ]

@@ -1,0 +1,26 @@
+"""How a program ends that uses the parallel groups: quietly, also where their context is left open."""
+
+import subprocess
+import sys
+
+import pytest
+
+LEFT_OPEN = """
+from contextlib import ExitStack
+from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.parallel.setup import parallel_state
+
+open_context = ExitStack()
+state = open_context.enter_context(parallel_state(ParallelConfig(), seed=0))
+print(state.world_size)
+"""
+
+
+@pytest.mark.parametrize("ending", ["", "import sys; sys.exit(0)", "open_context.close()"])
+def test_groups_end_before_torch_does(ending: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LEFT_OPEN + ending], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n")
+    assert "Exception" not in done.stderr
+    assert "TypeError" not in done.stderr
