@@ -15,6 +15,7 @@ from megatron_bupo import __version__
 from megatron_bupo.config.command_line import COMMANDS, parse
 from megatron_bupo.config.program import exit_code
 from megatron_bupo.errors import UsageError
+from megatron_bupo.imports import without_gc
 
 DESCRIPTIONS = {
     "train": "BuPO or GRPO training",
@@ -48,7 +49,9 @@ def _run(words: Sequence[str]) -> None:
     if command not in COMMANDS:
         raise UsageError(f"{command}: is not there yet; the commands are {', '.join(COMMANDS)}")
     config = parse(command, words[1:])
-    importlib.import_module(f"megatron_bupo.commands.{command.replace('-', '_')}").run(config)
+    with without_gc():
+        module = importlib.import_module(f"megatron_bupo.commands.{command.replace('-', '_')}")
+    module.run(config)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -16,9 +16,9 @@ from megatron_bupo.analysis.side_by_side import (
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import GenerateConfig
-from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.data.rollout_files import write_rollouts
-from megatron_bupo.parallel.setup import parallel_state
+from megatron_bupo.imports import without_gc
+from megatron_bupo.parallel.setup import processes
 from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.samples import Rollout
 from megatron_bupo.weights.hf_files import HFWeights
@@ -34,10 +34,10 @@ def run(config: GenerateConfig) -> None:
     HFWeights(config.model.hf_model).check(table_for(arch))
     prompting = Prompting.read(config, arch)
     requests, params, tokenizer = prompting.requests, prompting.params, prompting.tokenizer
-    with parallel_state(ParallelConfig(), config.seed) as state:
+    with without_gc():
         from megatron_bupo.rollout.local import LocalEngine
         from megatron_bupo.rollout.source import generate_shared, to_rollouts
-
+    with processes(config.seed) as state:
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32
         rollouts: list[Rollout] = []
         views: list[PolicyView] = []

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +70,21 @@ def give_freed_memory_back() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other systems' libraries have none
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """For the import of megatron-core: torch.compile returns functions as they are.
+
+    megatron-core decorates its fused functions with it; the model uses none of them (model/build.py), and the
+    decorator imports the whole compiler, which takes longer than megatron-core itself.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def install() -> None:

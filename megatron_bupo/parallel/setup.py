@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import datetime
 import warnings
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_bupo.config import launch
 from megatron_bupo.config.train import ParallelConfig
+from megatron_bupo.imports import without_gc
+from megatron_bupo.parallel import cpu
 
 # A collective that waits longer than this names its group and ends the run, instead of hanging for ever.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -23,17 +25,22 @@ HOST_TIMEOUT = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class ParallelState:
-    """Where this process stands in the layout. Groups are megatron-core's, kept here by name.
-
-    `host_group` has all ranks, on gloo, for Python objects after work of very uneven length.
-
-    With TP = 2 and PP = 2, rank 3 of 4 has tp_rank 1, pp_rank 1, dp_rank 0.
-    """
+class Processes:
+    """The processes of a run. `host_group` has all of them, on gloo, for Python objects after work of uneven length."""
 
     device: torch.device
     rank: int
     world_size: int
+    host_group: ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelState(Processes):
+    """Where this process stands in the layout. Groups are megatron-core's, kept here by name.
+
+    With TP = 2 and PP = 2, rank 3 of 4 has tp_rank 1, pp_rank 1, dp_rank 0.
+    """
+
     tp_rank: int
     tp_size: int
     pp_rank: int
@@ -45,7 +52,6 @@ class ParallelState:
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
-    host_group: ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
@@ -57,12 +63,36 @@ class ParallelState:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def _start_process_group(device: torch.device) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+@contextmanager
+def processes(seed: int) -> Iterator[Processes]:
+    """Start torch.distributed without megatron-core, for work that has no layout; end it on the way out."""
+    device = torch.device("cuda", launch.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     if launch.is_launched():
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    torch.manual_seed(seed)
+    host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    started = Processes(device, dist.get_rank(), dist.get_world_size(), host_group)
+    # A context that is left open (in a notebook, say) ends while torch is still there, not when its modules are gone.
+    end = weakref.finalize(started, dist.destroy_process_group)
+    try:
+        yield started
+    finally:
+        end()
+
+
+def _import_megatron_core() -> None:
+    compiler = nullcontext() if torch.cuda.is_available() else cpu.without_compiler()
+    with without_gc(), compiler, warnings.catch_warnings():
+        # megatron-core says at its import, module by module, that neither transformer-engine nor apex is there.
+        warnings.simplefilter("ignore")
+        import megatron.core.models.gpt.gpt_layer_specs
+        import megatron.core.optimizer  # noqa: F401
 
 
 @contextmanager
@@ -71,57 +101,35 @@ def parallel_state(config: ParallelConfig, seed: int) -> Iterator[ParallelState]
 
     The number of launched processes must fit the layout (`ParallelConfig.check_world`).
     """
-    with warnings.catch_warnings():
-        # megatron-core says at its import, module by module, that neither transformer-engine nor apex is there.
-        warnings.simplefilter("ignore")
-        import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.optimizer  # noqa: F401
-        from megatron.core import parallel_state as mpu
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    if torch.cuda.is_available():
-        device = torch.device("cuda", launch.local_rank())
-        torch.cuda.set_device(device)
-    else:
-        from megatron_bupo.parallel import cpu
+    _import_megatron_core()
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    if not torch.cuda.is_available():
         cpu.install()
-        device = torch.device("cpu")
-    _start_process_group(device)
-    is_open = [True]
-
-    def stop() -> None:
-        if is_open:
-            is_open.clear()
-            mpu.destroy_model_parallel()
-            dist.destroy_process_group()
-
-    # A context that is left open (in a notebook, say) ends while torch is still there, not when its modules are gone.
-    atexit.register(stop)
     virtual = config.num_virtual_stages_per_pipeline_rank
-    try:
-        mpu.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor_model_parallel_size,
-            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        )
-        torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        yield ParallelState(
-            device=device,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            tp_rank=mpu.get_tensor_model_parallel_rank(),
-            tp_size=mpu.get_tensor_model_parallel_world_size(),
-            pp_rank=mpu.get_pipeline_model_parallel_rank(),
-            pp_size=mpu.get_pipeline_model_parallel_world_size(),
-            dp_rank=mpu.get_data_parallel_rank(),
-            dp_size=mpu.get_data_parallel_world_size(),
-            vpp_size=virtual,
-            sequence_parallel=config.sequence_parallel,
-            tp_group=mpu.get_tensor_model_parallel_group(),
-            pp_group=mpu.get_pipeline_model_parallel_group(),
-            dp_group=mpu.get_data_parallel_group(),
-            host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
-        )
-    finally:
-        stop()
+    with processes(seed) as started:
+        end = weakref.finalize(started, mpu.destroy_model_parallel)
+        try:
+            mpu.initialize_model_parallel(
+                tensor_model_parallel_size=config.tensor_model_parallel_size,
+                pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            )
+            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+            yield ParallelState(
+                **vars(started),
+                tp_rank=mpu.get_tensor_model_parallel_rank(),
+                tp_size=mpu.get_tensor_model_parallel_world_size(),
+                pp_rank=mpu.get_pipeline_model_parallel_rank(),
+                pp_size=mpu.get_pipeline_model_parallel_world_size(),
+                dp_rank=mpu.get_data_parallel_rank(),
+                dp_size=mpu.get_data_parallel_world_size(),
+                vpp_size=virtual,
+                sequence_parallel=config.sequence_parallel,
+                tp_group=mpu.get_tensor_model_parallel_group(),
+                pp_group=mpu.get_pipeline_model_parallel_group(),
+                dp_group=mpu.get_data_parallel_group(),
+            )
+        finally:
+            end()

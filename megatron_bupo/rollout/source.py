@@ -16,7 +16,7 @@ from megatron_bupo.config.rollout import RolloutConfig
 from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
 from megatron_bupo.parallel.first_rank import on_first_rank
-from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.parallel.setup import ParallelState, Processes
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rollout.engine import (
     Generation,
@@ -196,7 +196,7 @@ class FirstStepKept:
 
 
 def generate_shared(
-    engine: RolloutEngine, requests: Sequence[GenerationRequest], params: SamplingParams, state: ParallelState
+    engine: RolloutEngine, requests: Sequence[GenerationRequest], params: SamplingParams, state: Processes
 ) -> list[Generation]:
     """All responses, in the order of the requests, on every rank; each rank generates every world_size-th."""
     mine = list(requests[state.rank :: state.world_size])

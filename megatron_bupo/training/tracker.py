@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_bupo.files import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 Metrics = dict[str, Any]
 
@@ -25,7 +24,11 @@ class Tracker:
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
         board = tensorboard_dir or (str(self._folder / "tensorboard") if self._folder else None)
-        self._board = SummaryWriter(board, purge_step=done + 1) if board else None
+        self._board: SummaryWriter | None = None
+        if board:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(board, purge_step=done + 1)
 
     def write_run(self, run: dict[str, Any]) -> None:
         """SAVE/run.json, written beside and renamed."""
