@@ -24,14 +24,14 @@ from megatron_bupo.user_code import UserFunction
 
 AUTO = "auto"
 USER_FUNCTION = "NAME|FILE.py:function"
-DATA_SUFFIXES = (".parquet", ".jsonl")
+DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
 def check_data_files(paths: list[str] | None) -> None:
     """Raise UsageError unless every one of the files is there and of a kind that is read."""
     for path in paths or []:
         if Path(path).suffix not in DATA_SUFFIXES:
-            raise UsageError(f"--prompt-data {path}: must end in .parquet or .jsonl")
+            raise UsageError(f"--prompt-data {path}: must end in .parquet, .jsonl or .json")
         check_file("prompt_data", path)
 
 

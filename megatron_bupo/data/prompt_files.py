@@ -17,11 +17,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from megatron_bupo.config.train import DATA_SUFFIXES
 from megatron_bupo.errors import UsageError
 from megatron_bupo.files import json_object, text_lines
 
 COLUMNS = ("prompt", "reward_model", "answer", "data_source")
-_JSON_SUFFIXES = (".jsonl", ".json")
 _BATCH_ROWS = 1024
 _TEXT_OR_NUMBER = (
     pa.types.is_string,
@@ -50,16 +50,10 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     name of a class label, and `OtherType` where it is neither text nor a number.
 
     Raises:
-        UsageError: a file that is missing, of another kind, broken or without rows.
+        UsageError: a file that cannot be read, is broken or has no rows.
     """
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file; prompt data are parquet or jsonl files")
-    if file.suffix == ".parquet":
-        rows = _parquet_rows(file)
-    elif file.suffix in _JSON_SUFFIXES:
-        rows = _json_rows(file)
-    else:
-        raise UsageError(f"{file}: neither parquet (.parquet) nor JSON lines (.jsonl, .json)")
+    assert file.suffix in DATA_SUFFIXES, file
+    rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
     is_empty = True
     for number, row in rows:
         is_empty = False

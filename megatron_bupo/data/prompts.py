@@ -38,16 +38,8 @@ class PromptSet:
 
         A pure function of its arguments: a resumed run has no position to restore. A prompt can occur twice in a batch
         only if an epoch ends within the batch.
-
-        Raises:
-            UsageError: a batch that is larger than the set.
         """
-        assert step >= 1 and batch_size >= 1, f"step {step}, batch size {batch_size}"
-        if batch_size > len(self.prompts):
-            raise UsageError(
-                f"rollout-batch-size {batch_size}: the prompt data have {len(self.prompts)} usable prompts; "
-                "lower it or give more data"
-            )
+        assert step >= 1 and 1 <= batch_size <= len(self.prompts), f"step {step}, batch size {batch_size}"
         first = (step - 1) * batch_size
         epochs = range(first // len(self.prompts), (first + batch_size - 1) // len(self.prompts) + 1)
         walk = [position for epoch in epochs for position in self.epoch_order(seed, epoch)]
@@ -77,7 +69,7 @@ def load_prompts(
     docs/data.md says what each may hold.
 
     Args:
-        files: parquet or JSON lines (.jsonl, .json), read one after the other.
+        files: parquet (.parquet) or JSON lines (.jsonl, .json), read one after the other.
         max_prompt_len: prompts with more tokens are dropped and counted.
         require_answer: whether a row without answer is an error.
         show_progress: whether to show a progress bar (rank 0 does).

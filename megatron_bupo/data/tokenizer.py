@@ -45,8 +45,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             the model's vocabulary.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; give a HuggingFace folder (config, tokenizer, safetensors)")
     if not has_tokenizer(folder):
         raise UsageError(f"{folder}: no tokenizer in it; give a folder with {FILE}")
     kind = PreTrainedTokenizerFast if (folder / FILE).is_file() else AutoTokenizer

@@ -56,7 +56,7 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
     "entropy-coef": [("-0.1", "must be at least 0")],
     "prompt-data": [
         ("no.jsonl", "is not there"),
-        ("no.csv", "must end in .parquet or .jsonl"),
+        ("no.csv", "must end in .parquet, .jsonl or .json"),
         ("", "must not be empty"),
     ],
     "reward": [("maths", "must be math or FILE.py:function"), ("no.py:f", "cannot read"), ("", "must not be empty")],

@@ -79,9 +79,9 @@ def test_values_reach_their_groups(words: dict[str, list[str]], monkeypatch: pyt
 
 
 def test_several_files(words: dict[str, list[str]], tmp_path: Path) -> None:
-    (tmp_path / "more.parquet").write_text("")
-    config: Any = parse("train", [*words["train"], str(tmp_path / "more.parquet"), "--seed", "7"])
-    assert [Path(file).name for file in config.data.prompt_data] == ["data.jsonl", "more.parquet"]
+    (tmp_path / "more.json").write_text("")
+    config: Any = parse("train", [*words["train"], str(tmp_path / "more.json"), "--seed", "7"])
+    assert [Path(file).name for file in config.data.prompt_data] == ["data.jsonl", "more.json"]
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_files_that_are_read_must_exist(train: TrainConfig, tmp_path: Path) -> N
 
     refused("model", "no such folder", hf_model=str(tmp_path / "nowhere"))
     refused("model", "has no config.json", hf_model=str(tmp_path))
-    refused("data", "must end in .parquet or .jsonl", prompt_data=[str(tmp_path / "prompts.csv")])
+    refused("data", "must end in .parquet, .jsonl or .json", prompt_data=[str(tmp_path / "prompts.csv")])
     refused("data", "is not there", prompt_data=[*train.data.prompt_data, str(tmp_path / "more.jsonl")])
     refused("data", "cannot read the file", reward=str(tmp_path / "reward.py") + ":score")
     refused("data", "must be math or FILE.py:function", reward="maths")

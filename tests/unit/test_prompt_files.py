@@ -53,7 +53,7 @@ def test_a_name_is_that_files_and_no_other(tmp_path: Path, folder: str, suffix: 
         [(_, row)] = read_rows(tmp_path / folder / f"{name}{suffix}")
         assert row == {"prompt": f"{folder}/{name}", "answer": "1"}
     (tmp_path / folder / f"b[1]{suffix}").unlink()
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="cannot be read"):
         list(read_rows(tmp_path / folder / f"b[1]{suffix}"))
 
 

@@ -149,8 +149,6 @@ def test_older_files_that_cannot_be_read_end_with_one_line(tmp_path: Path, capfd
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such folder"):
-        load_tokenizer(tmp_path / "none")
     folder = tmp_path / "hf"
     LlamaConfig(vocab_size=3).save_pretrained(folder)
     write_config(folder, tokenizer_class="LlamaTokenizer")  # of this alone transformers makes a tokenizer of 3 tokens
