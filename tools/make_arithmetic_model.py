@@ -16,7 +16,6 @@ and reinforcement learning has something to sharpen.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_bupo.config.paths import check_new_folder
+from megatron_bupo.config.program import run_program
 from megatron_bupo.errors import UsageError
+from megatron_bupo.flags import Group, flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -257,20 +259,27 @@ def make(output: Path, seed: int, force: bool, recipe: Recipe) -> None:
     print(f"{output}: written")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="make it anew though it is there")
-    arguments = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class StartConfig(Group):
+    """a small Qwen3 that half knows how to add"""
+
+    output: str = flag("written: model, tokenizer, prompts", metavar="DIR")
+    seed: int = flag("of the weights, the sums and their order", 0, low=0)
+    force: bool = flag("make it anew though it is there", False)
+
+    def check(self) -> None:
+        super().check()
+        check_new_folder("output", self.output)
+
+
+def run(config: StartConfig) -> None:
     torch.set_num_threads(1)  # a model this small only loses by more, and one thread always sums in one order
-    try:
-        make(arguments.output, arguments.seed, arguments.force, Recipe())
-    except UsageError as error:
-        print(f"make_arithmetic_model: {error}", file=sys.stderr)
-        return 2
-    return 0
+    make(Path(config.output), config.seed, config.force, Recipe())
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 2 with one line on stderr."""
+    return run_program("make_arithmetic_model", StartConfig, run, words)
 
 
 if __name__ == "__main__":

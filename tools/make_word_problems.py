@@ -10,17 +10,20 @@ samples; 76 % of the responses have a box), and 32 of the 40 groups have right a
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bupo.errors import UsageError
+from megatron_bupo.config.paths import check_output_file
+from megatron_bupo.config.program import run_program
+from megatron_bupo.flags import Group, flag
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lea")
 THINGS = ("apples", "books", "coins", "cards", "marbles", "pens")
@@ -29,6 +32,7 @@ SYSTEM = "Put your final answer within \\boxed{}."
 
 Problem = tuple[str, str, int, int]
 EXAMPLES: tuple[Problem, ...] = (("Ben", "books", 9, 3), ("Tom", "marbles", 4, 8))
+NUM_PROBLEMS = len(NAMES) * len(THINGS) * len(OPERANDS) ** 2 - len(EXAMPLES)
 
 
 def question(problem: Problem) -> str:
@@ -54,14 +58,8 @@ def to_record(problem: Problem) -> dict[str, Any]:
 
 
 def make_problems(num_prompts: int, seed: int) -> list[Problem]:
-    """`num_prompts` different problems, none of them a worked example.
-
-    Raises:
-        UsageError: fewer than one asked for, or more than there are.
-    """
+    """`num_prompts` different problems, none of them a worked example."""
     problems = [p for p in itertools.product(NAMES, THINGS, OPERANDS, OPERANDS) if p not in EXAMPLES]
-    if not 1 <= num_prompts <= len(problems):
-        raise UsageError(f"--num-prompts {num_prompts}: there are 1 to {len(problems)} different problems; choose that")
     return random.Random(seed).sample(problems, num_prompts)
 
 
@@ -75,19 +73,27 @@ def write(output: Path, problems: list[Problem]) -> None:
     print(f"{output}: {len(problems)} prompts")
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class WordProblemsConfig(Group):
+    """word problems for SmolLM2-135M-Instruct"""
+
+    output: str = flag("written: prompts with answers, one a line", metavar="FILE.jsonl")
+    num_prompts: int = flag("different problems", 200, low=1, high=NUM_PROBLEMS)
+    seed: int = flag("of the choice", 0)
+
+    def check(self) -> None:
+        super().check()
+        check_output_file("output", self.output)
+
+
+def main(words: Sequence[str] | None = None) -> int:
     """The command line; 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--num-prompts", type=int, default=200, metavar="N")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    try:
-        write(arguments.output, make_problems(arguments.num_prompts, arguments.seed))
-    except UsageError as error:
-        print(f"make_word_problems: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(
+        "make_word_problems",
+        WordProblemsConfig,
+        lambda config: write(Path(config.output), make_problems(config.num_prompts, config.seed)),
+        words,
+    )
 
 
 if __name__ == "__main__":
