@@ -26,8 +26,8 @@ class ScoreConfig(Group):
 
     model: ModelConfig
     parallel: ParallelConfig
-    rollouts: str = flag("the responses, one record a line", metavar="FILE")
-    output: str = flag("written: log-probs and entropies, one line a record", metavar="FILE")
+    rollouts: str = flag("rollout file: responses, one record a line", metavar="FILE")
+    output: str = flag("file that is written: log-probs and entropies, one line for each record", metavar="FILE")
     policy: str = flag("full, layer:L, attn:L or ffn:L, the last three also with @norm", "full", metavar="SPEC")
     rollout_temperature: float = same_flag(RolloutConfig, "rollout_temperature")
     max_tokens_per_micro_batch: int = same_flag(BatchConfig, "max_tokens_per_micro_batch")
@@ -45,14 +45,14 @@ class GenerateConfig(Group):
     """generate"""
 
     model: ModelConfig
-    prompt_data: list[str] = flag("parquet or jsonl files with prompts", metavar="FILE")
-    output: str = flag("written: rollout records with their text", metavar="FILE")
+    prompt_data: list[str] = flag("parquet or JSON-lines files with prompts", metavar="FILE")
+    output: str = flag("file that is written: rollout records with their text", metavar="FILE")
     policy: list[str] | None = flag(
-        "full (the default), layer:L, attn:L or ffn:L, the last three also with @norm; several go side by side",
+        "full (the default), layer:L, attn:L or ffn:L, the last three also with @norm; several are compared",
         None,
         metavar="SPEC",
     )
-    num_prompts: int | None = flag("only the first prompts of the data (default: all)", None, low=1)
+    num_prompts: int | None = flag("how many prompts are used, from the first (default: all)", None, low=1)
     n_samples_per_prompt: int = same_flag(RolloutConfig, "n_samples_per_prompt", default=1)
     rollout_max_prompt_len: int = same_flag(DataConfig, "rollout_max_prompt_len")
     rollout_max_response_len: int = same_flag(RolloutConfig, "rollout_max_response_len")
@@ -80,20 +80,22 @@ class EntropyFlowConfig(Group):
 
     model: ModelConfig
     parallel: ParallelConfig
-    rollouts: str | None = flag("the responses, one record a line", None, metavar="FILE")
-    prompt_data: list[str] | None = flag("or prompts, answered by the full policy first", None, metavar="FILE")
-    output: str = flag("a new folder: entropy_flow.json and figures", metavar="DIR")
-    final_norm: bool = flag("the policies behind the final norm as well", False)
-    per_token: bool = flag("write the values of every token too: entropy_flow.npz", False)
+    rollouts: str | None = flag("rollout file: responses, one record a line", None, metavar="FILE")
+    prompt_data: list[str] | None = flag(
+        "instead of --rollouts: prompts, to which the full policy first generates responses", None, metavar="FILE"
+    )
+    output: str = flag("folder that is written: entropy_flow.json and figures", metavar="DIR")
+    final_norm: bool = flag("measure the policies with the final norm as well", False)
+    per_token: bool = flag("write the values of every token as well: entropy_flow.npz", False)
     heatmap_response: int | None = flag(
-        "the response of the token heatmap, from 1 (default: the first with tokens)", None, low=1
+        "number of the response in the token heatmap, from 1 (default: the first one with trained tokens)", None, low=1
     )
     max_tokens_per_micro_batch: int = same_flag(BatchConfig, "max_tokens_per_micro_batch", default=4096)
     num_prompts: int | None = same_flag(GenerateConfig, "num_prompts")
     n_samples_per_prompt: int = same_flag(GenerateConfig, "n_samples_per_prompt")
     rollout_max_prompt_len: int = same_flag(DataConfig, "rollout_max_prompt_len")
     rollout_max_response_len: int = same_flag(RolloutConfig, "rollout_max_response_len")
-    rollout_temperature: float = flag("of the sampling; the flow itself is at 1", 1.0, above=0)
+    rollout_temperature: float = flag("temperature of the sampling; the flow is measured at 1", 1.0, above=0)
     rollout_top_p: float = same_flag(RolloutConfig, "rollout_top_p")
     rollout_micro_batch_size: int = same_flag(RolloutConfig, "rollout_micro_batch_size")
     seed: int = same_flag(RunConfig, "seed")
@@ -114,10 +116,14 @@ class EntropyFlowConfig(Group):
 class PlotConfig(Group):
     """plot"""
 
-    flow: list[str] | None = flag("entropy_flow.json files, or their folders; side by side", None, metavar="PATH")
-    runs: list[str] | None = flag("folders of training runs: their rewards by step", None, metavar="DIR")
-    labels: list[str] | None = flag("names in the figures, one for each PATH, then DIR", None, metavar="TEXT")
-    output: str = flag("folder of the figures; those of the same names are replaced", metavar="DIR")
+    flow: list[str] | None = flag(
+        "entropy_flow.json files, or their folders; several are drawn in one figure", None, metavar="PATH"
+    )
+    runs: list[str] | None = flag("--save folders of training runs: rewards by step", None, metavar="DIR")
+    labels: list[str] | None = flag(
+        "names in the figures: one for each PATH of --flow, then one for each DIR of --runs", None, metavar="TEXT"
+    )
+    output: str = flag("folder that the figures are written to; figures of the same names are replaced", metavar="DIR")
 
     def check(self) -> None:
         super().check()

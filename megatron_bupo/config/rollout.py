@@ -16,15 +16,19 @@ from megatron_bupo.flags import Group, flag, flag_name
 class RolloutConfig(Group):
     """rollouts"""
 
-    rollout_engine: str = flag("who generates", "local", choices=("local", "sglang"))
-    rollout_batch_size: int = flag("prompts a step", 128, low=1)
+    rollout_engine: str = flag(
+        "what generates responses: a model inside the trainer, or SGLang servers", "local", choices=("local", "sglang")
+    )
+    rollout_batch_size: int = flag("prompts in each step", 128, low=1)
     n_samples_per_prompt: int = flag("responses to each prompt", 8, low=1)
-    rollout_max_response_len: int = flag("tokens", 8192, low=1)
-    rollout_temperature: float = flag("divides the sampled and the trained logits", 1.0, above=0)
-    rollout_top_p: float = flag("sample from the most likely tokens of this mass", 1.0, above=0, high=1)
+    rollout_max_response_len: int = flag("longest response in tokens", 8192, low=1)
+    rollout_temperature: float = flag("the logits are divided by it, in sampling and in training", 1.0, above=0)
+    rollout_top_p: float = flag(
+        "sample from the most likely tokens that together have this probability", 1.0, above=0, high=1
+    )
     rollout_micro_batch_size: int = flag("sequences that the local engine generates at once", 64, low=1)
-    save_rollouts: str | None = flag("write every step's rollouts there", None, metavar="DIR")
-    load_rollouts: str | None = flag("replay the rollouts written there, without an engine", None, metavar="DIR")
+    save_rollouts: str | None = flag("folder where the rollouts of every step are written", None, metavar="DIR")
+    load_rollouts: str | None = flag("folder of rollouts that are trained on instead of new ones", None, metavar="DIR")
 
     def check(self) -> None:
         super().check()
@@ -42,35 +46,41 @@ class SGLangConfig(Group):
     """SGLang servers (--rollout-engine sglang)"""
 
     sglang_url: list[str] | None = flag(
-        "running servers, or a router with its workers; the key in SGLANG_API_KEY is sent", None, metavar="URL"
+        "addresses of running servers, or of a router; the key in SGLANG_API_KEY is sent", None, metavar="URL"
     )
     sglang_launch: bool = flag("start servers on this machine and end them with the run", False)
-    sglang_num_servers: int = flag("how many --sglang-launch starts", 1, low=1)
+    sglang_num_servers: int = flag("servers that --sglang-launch starts", 1, low=1)
     sglang_gpus: list[str] | None = flag(
         "CUDA_VISIBLE_DEVICES of each launched server: 4,5 6,7 for two of two GPUs", None, metavar="IDS"
     )
     sglang_python: str | None = flag(
-        "the Python that has sglang, for --sglang-launch (default: this one)", None, metavar="FILE"
+        "Python interpreter with sglang installed, for --sglang-launch (default: this one)", None, metavar="FILE"
     )
     sglang_args: str | None = flag(
         "more flags for launched servers, as one text: '--tp 2 --context-length 9216'", None, metavar="TEXT"
     )
-    sglang_host: str = flag("address that launched servers listen on; others than loopback need a key", "127.0.0.1")
-    sglang_concurrency: int = flag("requests that each server has at once", 256, low=1)
-    sglang_start_timeout: float = flag("seconds until a server is ready, at first and after a fault", 900.0, above=0)
+    sglang_host: str = flag(
+        "address that launched servers listen on; any but loopback needs a key in SGLANG_API_KEY", "127.0.0.1"
+    )
+    sglang_concurrency: int = flag("requests that are sent to each server at a time", 256, low=1)
+    sglang_start_timeout: float = flag("seconds that a server may take to start, also after a fault", 900.0, above=0)
     sglang_request_timeout: float = flag("seconds that one response may take", 3600.0, above=0)
     sglang_health_timeout: float = flag("seconds without an answer until a server counts as hung", 60.0, above=0)
-    sglang_restarts: int = flag("how often each server is restarted, or waited for, in one run", 5, low=0)
-    sglang_attempts: int = flag("how often one response is asked for before the run ends", 5, low=1)
+    sglang_restarts: int = flag(
+        "restarts of each server in one run (of a server at --sglang-url: waits until it is back)", 5, low=0
+    )
+    sglang_attempts: int = flag("tries for one response before the run ends with an error", 5, low=1)
     weight_sync: str = flag(
-        "how weights reach the servers; auto: distributed, or tensor between a CPU and GPUs",
+        "how new weights are sent to the servers; auto: distributed, or tensor if only one side has GPUs",
         "auto",
         choices=("auto", "tensor", "distributed", "disk"),
     )
     weight_sync_bucket_mb: int = flag("MiB of weights in one message", 512, low=1)
     weight_sync_timeout: float = flag("seconds that a server may take for one message", 600.0, above=0, high=1200)
     weight_sync_dir: str | None = flag(
-        "folder that trainer and servers see, for --weight-sync disk (default: under --save)", None, metavar="DIR"
+        "folder that trainer and servers can both read, for --weight-sync disk (default: under --save)",
+        None,
+        metavar="DIR",
     )
 
     def check(self) -> None:

@@ -71,9 +71,11 @@ class ParallelConfig(Group):
     sequence_parallel: bool = flag("split the sequence between the tensor-parallel ranks", False)
     context_parallel_size: int = flag("not supported: only 1", 1, low=1)
     expert_model_parallel_size: int = flag("not supported: only 1", 1, low=1)
-    recompute_granularity: str | None = flag("activation recompute", None, choices=("full", "selective"))
-    recompute_method: str | None = flag("which layers full recompute covers", None, choices=("uniform", "block"))
-    recompute_num_layers: int | None = flag("layers to a recomputed piece, or to recompute", None, low=1)
+    recompute_granularity: str | None = flag(
+        "activations computed again in the backward", None, choices=("full", "selective")
+    )
+    recompute_method: str | None = flag("all layers, or the first ones", None, choices=("uniform", "block"))
+    recompute_num_layers: int | None = flag("uniform: layers in a piece; block: how many layers", None, low=1)
 
     def check(self) -> None:
         super().check()
@@ -119,15 +121,15 @@ class OptimizerConfig(Group):
     """optimizer (AdamW)"""
 
     lr: float = flag("learning rate", 1e-6, low=0)
-    min_lr: float = flag("the rate that a decay ends at", 0.0, low=0)
-    lr_decay_style: str = flag("after the warm-up", "constant", choices=("constant", "linear", "cosine"))
+    min_lr: float = flag("learning rate at the end of a linear or cosine decay", 0.0, low=0)
+    lr_decay_style: str = flag("rate after the warm-up", "constant", choices=("constant", "linear", "cosine"))
     lr_warmup_iters: int = flag("steps of linear warm-up", 0, low=0)
-    weight_decay: float = flag("of matrices; norms and biases have none", 0.01, low=0)
+    weight_decay: float = flag("weight decay of matrices; norms and biases have none", 0.01, low=0)
     clip_grad: float = flag("largest gradient norm; 0 = no clipping", 1.0, low=0)
     adam_beta1: float = flag("decay of the first moment", 0.9, low=0, below=1)
     adam_beta2: float = flag("decay of the second moment", 0.999, low=0, below=1)
     adam_eps: float = flag("added to the root of the second moment", 1e-8, above=0)
-    use_distributed_optimizer: bool = flag("split masters and moments between data-parallel ranks", False)
+    use_distributed_optimizer: bool = flag("split fp32 weights and moments over the data-parallel ranks", False)
 
     def check(self) -> None:
         super().check()
@@ -141,14 +143,15 @@ class ScheduleConfig(Group):
 
     train_iters: int = flag("steps; a step is one rollout batch", low=1)
     internal_layer: str | None = flag(
-        "phase 1 trains the policy of this layer, from 1; auto measures the first rollouts and chooses",
+        "phase 1 trains the policy of this layer (layers count from 1); auto: the layer that the entropy flow of the "
+        "first rollouts suggests",
         None,
         metavar="L|auto",
     )
     internal_steps: int = flag("steps of phase 1; 0 is plain GRPO", 0, low=0)
-    internal_module: str = flag("which output of that layer", "layer", choices=INTERNAL_MODULES)
-    policy_schedule: str | None = flag("the general form: SPECxN,... as in layer:6x30,full", None, metavar="TEXT")
-    internal_policy_norm: str = flag("norm before an internal unembedding", "none", choices=("none", "final"))
+    internal_module: str = flag("output that the policy reads", "layer", choices=INTERNAL_MODULES)
+    policy_schedule: str | None = flag("phases and their steps: layer:6x30,full", None, metavar="TEXT")
+    internal_policy_norm: str = flag("norm before the unembedding", "none", choices=("none", "final"))
 
     def check(self) -> None:
         super().check()
@@ -209,11 +212,11 @@ class AlgorithmConfig(Group):
 class DataConfig(Group):
     """prompts and rewards"""
 
-    prompt_data: list[str] | None = flag("parquet or jsonl files with prompts and answers", None, metavar="FILE")
+    prompt_data: list[str] | None = flag("parquet or JSON-lines files with prompts and answers", None, metavar="FILE")
     reward: str = flag("math, or FILE.py:function", "math", metavar="REWARD")
-    reward_timeout: float = flag("seconds to judge one response", 10.0, above=0)
-    reward_workers: int = flag("processes that judge responses", 1, low=1)
-    rollout_max_prompt_len: int = flag("tokens; longer prompts are dropped", 1024, low=1)
+    reward_timeout: float = flag("seconds that the reward of one response may take", 10.0, above=0)
+    reward_workers: int = flag("processes that compute rewards", 1, low=1)
+    rollout_max_prompt_len: int = flag("longest prompt in tokens; longer ones are dropped and counted", 1024, low=1)
 
     def check(self) -> None:
         super().check()
@@ -226,22 +229,22 @@ class BatchConfig(Group):
     """batches"""
 
     global_batch_size: int | None = flag("responses per optimizer step (default: the whole step)", None, low=1)
-    max_tokens_per_micro_batch: int = flag("responses are packed to this; a longer one travels alone", 16384, low=1)
+    max_tokens_per_micro_batch: int = flag("tokens that responses are packed to; a longer one is alone", 16384, low=1)
 
 
 @dataclass(frozen=True)
 class RunConfig(Group):
     """run"""
 
-    save: str | None = flag("the run's folder: run.json, metrics.jsonl", None, metavar="DIR")
-    save_hf: str | None = flag("HuggingFace export at the end, in the training dtype", None, metavar="DIR")
-    save_interval: int | None = flag("steps between checkpoints; the last step has one too", None, low=1)
-    keep: int | None = flag("how many of the newest checkpoints stay (default: all)", None, low=1)
-    load: str | None = flag("go on from a run's folder, or start from a converted checkpoint", None, metavar="DIR")
-    allow_changed_run: bool = flag("go on under --load although data, model, schedule or seed changed", False)
-    tensorboard_dir: str | None = flag("TensorBoard's files (default: under --save)", None, metavar="DIR")
-    seed: int = flag("of the run: order of prompts, sampling", 1234, low=0, below=2**32)
-    dry_run: bool = flag("print the resolved run and exit", False)
+    save: str | None = flag("the run's folder: run.json, metrics.jsonl, checkpoints", None, metavar="DIR")
+    save_hf: str | None = flag("HuggingFace folder at the end, in the training dtype", None, metavar="DIR")
+    save_interval: int | None = flag("steps between checkpoints; also after the last step", None, low=1)
+    keep: int | None = flag("how many checkpoints are kept, the newest ones (default: all)", None, low=1)
+    load: str | None = flag("folder of a run to continue, or a converted checkpoint", None, metavar="DIR")
+    allow_changed_run: bool = flag("continue under --load although data, model, schedule or seed changed", False)
+    tensorboard_dir: str | None = flag("folder of TensorBoard's files (default: under --save)", None, metavar="DIR")
+    seed: int = flag("seed of the order of prompts and of the sampling", 1234, low=0, below=2**32)
+    dry_run: bool = flag("print what the run would do, with its memory and files, and exit", False)
 
     def check(self) -> None:
         super().check()
