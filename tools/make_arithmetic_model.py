@@ -1,17 +1,17 @@
-r"""Make the demo's start: a small Qwen3 that half knows how to add, its tokenizer and its prompts.
+r"""Make the model that the demo trains: a small Qwen3 that adds two numbers right a third of the time, and prompts.
 
     python tools/make_arithmetic_model.py --output models/arithmetic
 
-writes into DIR, beside it first and renamed when whole:
+writes DIR, first under another name beside it:
 
     config.json, model.safetensors, generation_config.json    4 layers, hidden 64, tied, 0.25 M parameters, fp32
     tokenizer.json, tokenizer_config.json                     17 entries: digits, + and =, "\boxed{" and "}"
     train.jsonl, test.jsonl                                   {"prompt": "12+25=", "answer": "37"}, disjoint
     warm_start.json                                           the recipe, the seed and the accuracies
 
-The warm start is supervised: first on right sums, then on answers that are wrong more often than not. So the policy
-knows how to add and yet samples right answers only about a third of the time: there is spread in almost every group,
-and reinforcement learning has something to sharpen.
+The warm start is supervised: first on right sums, then on answers of which most are wrong. So the model can add, but
+samples the right answer only about a third of the time: almost every group has right and wrong answers, which
+reinforcement learning needs.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def make(output: Path, seed: int, force: bool, recipe: Recipe) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StartConfig(Group):
-    """a small Qwen3 that half knows how to add"""
+    """a small Qwen3 that adds right a third of the time"""
 
     output: str = flag("written: model, tokenizer, prompts", metavar="DIR")
     seed: int = flag("of the weights, the sums and their order", 0, low=0)
@@ -273,7 +273,7 @@ class StartConfig(Group):
 
 
 def run(config: StartConfig) -> None:
-    torch.set_num_threads(1)  # a model this small only loses by more, and one thread always sums in one order
+    torch.set_num_threads(1)  # more threads slow down so small a model, and one thread always adds in the same order
     make(Path(config.output), config.seed, config.force, Recipe())
 
 

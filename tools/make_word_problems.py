@@ -1,10 +1,10 @@
-r"""Write word problems on which SmolLM2-135M-Instruct is right now and then: something for reinforcement learning.
+r"""Write word problems that SmolLM2-135M-Instruct solves some of the time, as reinforcement learning needs.
 
     python tools/make_word_problems.py --output prompts/word_problems.jsonl --num-prompts 200
 
-One JSON object a line: "prompt", chat messages with two worked examples, and "answer". The model does not box its
-answers without the examples (measured: right 0 % of the time), and with plain stories it mostly invents its own sum.
-With the sum spelled out and operands from 3 to 12 it is right 42 % of the time at temperature 1 (40 prompts x 4
+One JSON object a line: "prompt", chat messages with two worked examples, and "answer". Without the examples the model
+does not box its answers (measured: right 0 % of the time), and from a story alone it mostly computes another sum.
+With the sum written out and operands from 3 to 12 it is right 42 % of the time at temperature 1 (40 prompts x 4
 samples; 76 % of the responses have a box), and 32 of the 40 groups have right and wrong answers.
 """
 

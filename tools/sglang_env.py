@@ -2,9 +2,10 @@
 
     python tools/sglang_env.py --output .venv-sglang
 
-About 3 GB, minutes. Nothing of sglang is edited; beside it go the two stand-ins of tools/sglang_cpu. It is apart from
-the trainer's environment because sglang wants other versions. One that is whole and up to date is left alone. On GPUs
-this is not what you want: `pip install sglang` in an environment of its own.
+It takes about 3 GB and some minutes. sglang itself is not changed; the two modules of tools/sglang_cpu are installed
+beside it, in place of packages that need a GPU. sglang needs other versions of packages than the trainer, hence an
+environment of its own. An environment that is complete and up to date is left as it is. On a machine with GPUs use
+`pip install sglang` in a new environment instead.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from megatron_bupo.weights.hf_files import HFWeights
 
 
 def run(config: EntropyFlowConfig) -> None:
-    """Check everything that can be checked; then answer the prompts, if there are only those, and measure."""
+    """Check all input; generate responses where only prompts are given; measure and draw."""
     folder = config.model.hf_model
     arch = Architecture.from_hf(folder)
     check_layout(arch, config.parallel)

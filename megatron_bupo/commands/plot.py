@@ -1,4 +1,4 @@
-"""What `plot` does: the figures of entropy flows and of rewards once more, from the numbers alone."""
+"""`plot`: draws the figures of entropy flows and of rewards again, from the stored numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_bupo.errors import UsageError
 
 
 def run(config: PlotConfig) -> None:
-    """Draw what --flow and --runs name into the folder --output, and print the files written.
+    """Draw the inputs of --flow and --runs into the folder --output, and print the names of the files.
 
     Raises:
         UsageError: an input that cannot be read, one that is given twice, or two inputs with the same label.

@@ -14,7 +14,7 @@ from megatron_bupo.weights.hf_files import HFWeights
 
 
 def run(config: ScoreConfig) -> None:
-    """Check everything that can be checked, then start the processes' groups and score."""
+    """Check all input, then start the process groups and score."""
     parallel = config.parallel
     arch = Architecture.from_hf(config.model.hf_model)
     check_layout(arch, parallel)

@@ -10,7 +10,7 @@ from megatron_bupo.config.commands import SelectLayerConfig
 
 
 def run(config: SelectLayerConfig) -> None:
-    """Print the suggestion with its evidence; that nothing is suggested is an answer too."""
+    """Print the suggested layer, or that none is suggested, with the evidence."""
     flow = read_flow(config.flow)
     selection = select_layer(flow.column("d_ffn"), flow.column("resid"), flow.final_entropy)
     print("\n".join(_report(flow, selection)))

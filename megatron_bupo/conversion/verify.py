@@ -1,4 +1,4 @@
-"""What checkpoint_converters/verify.py does: weights bit for bit, then the logits of both models on sample tokens."""
+"""`verify.py`: compares the weights bit for bit, then the logits of both models on random tokens."""
 
 from __future__ import annotations
 

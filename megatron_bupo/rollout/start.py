@@ -11,6 +11,7 @@ from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.tokenizer import load_tokenizer
+from megatron_bupo.imports import without_gc
 from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.rewards.runner import RewardRunner
@@ -53,8 +54,8 @@ def make_source(
     if rollout.rollout_engine == "sglang":
         served = _start_served_engine(config, arch, prompts, state)
         return ServedGeneration(served, prompts, tokenizer, rewards(), rollout, params, state)
-    from megatron_bupo.rollout.local import LocalEngine
-
+    with without_gc():
+        from megatron_bupo.rollout.local import LocalEngine
     size = rollout.rollout_micro_batch_size
     engine = LocalEngine(config.model.hf_model, dtype, state.device, max_batch_size=size)
     return EmbeddedGeneration(engine, prompts, tokenizer, rewards(), rollout, params, state)
