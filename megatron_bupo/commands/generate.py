@@ -52,9 +52,7 @@ def run(config: GenerateConfig) -> None:
                 )
                 if len(specs) > 1:
                     written = [replace(rollout, policy=str(spec)) for rollout in written]
-                    first = (rollouts or written)[
-                        0
-                    ]  # the first policy's response: all policies are compared on its tokens
+                    first = (rollouts or written)[0]  # of the first policy: its tokens are shown under every policy
                     shown = first.response_tokens[:MAX_POSITIONS]
                     top = engine.top_tokens(first.prompt_tokens, shown, MAX_CHOICES, params.temperature)
                     views.append(PolicyView(str(spec), written[0].response_tokens, *top))
