@@ -45,6 +45,14 @@ def test_nan_in_one_process(command: str, case: Path) -> None:
     assert not (case / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_ends_every_rank_in_one_line(case: Path) -> None:
+    """Only the first rank tries it."""
+    result = torchrun(2, "-m", "megatron_bupo", *words_of("train", case, "--save", "/proc/out"))
+    assert_every_rank_was_refused(result)
+    assert "--save /proc/out: nothing can be written in /proc" in error_line(result.stderr)
+    assert not (case / "out").exists()
+
+
 def test_bad_prompts_end_every_rank_in_one_line(case: Path) -> None:
     (case / "prompts.jsonl").write_text(GOOD_ROW + "{")
     result = torchrun(2, "-m", "megatron_bupo", *words_of("train", case))
