@@ -24,11 +24,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are drawn. `seed` is the run's; `stop_token_ids` end a response and are part of it.
-
-    Raises:
-        UsageError: a temperature that is not above 0, a top-p outside of (0, 1], no token to generate.
-    """
+    """How responses are drawn. `seed` is the run's; `stop_token_ids` end a response and are part of it."""
 
     temperature: float
     top_p: float
@@ -37,12 +33,7 @@ class SamplingParams:
     seed: int
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < float("inf"):
-            raise UsageError(f"rollout-temperature {self.temperature}: it must be above 0")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UsageError(f"rollout-top-p {self.top_p}: it must be above 0 and at most 1 (1 keeps every token)")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"rollout-max-response-len {self.max_new_tokens}: it must be at least 1")
+        assert 0.0 < self.temperature < float("inf") and 0.0 < self.top_p <= 1.0 and self.max_new_tokens >= 1, self
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ _Answer = TypeVar("_Answer")
 class LedModel:
     """A TrainedModel for work that runs on the first rank alone.
 
-    Each call is announced to the other ranks, which wait inside `run` and take part. One thread calls at a time; it
-    may be another than the one of `run`, which must not return before.
+    Each call is announced to the other ranks, which wait inside `run` and take part. One thread calls at a time, and
+    before `run` returns; it may be another thread than that of `run`.
     """
 
     def __init__(self, model: TrainedModel, state: ParallelState) -> None:
@@ -27,7 +27,7 @@ class LedModel:
         self._stream: Iterator[tuple[str, Tensor]] | None = None
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See TrainedModel. Who stops in the middle need not care: the rest is drawn before the next announcement."""
+        """See TrainedModel. A caller may stop in the middle: the rest is drawn before the next announcement."""
         self._announce("hf_tensors")
         self._stream = iter(self._model.hf_tensors())
         return self._stream

@@ -6,6 +6,7 @@ is there: samples of one prompt share its prefill, and finished responses leave 
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,9 @@ class _Sequences:
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], device: torch.device) -> None:
         self._model = model
         self._cache = DynamicCache()
+        # transformers renamed the argument in its fifth series, and warns at each call with the old name.
+        names = inspect.signature(type(model).forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
         rows_by_prompt: dict[tuple[int, ...], int] = {}
         expand = [rows_by_prompt.setdefault(tuple(prompt), len(rows_by_prompt)) for prompt in prompts]
         width = max(len(prompt) for prompt in rows_by_prompt)
@@ -186,9 +190,9 @@ class _Sequences:
             input_ids=ids,
             attention_mask=self._mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._cache},
         )
         return output.logits[:, -1]
 

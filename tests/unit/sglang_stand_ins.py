@@ -30,11 +30,11 @@ class StandIns:
 
     Attributes:
         unrevivable: workers that are gone for good.
-        thaw: a revival is a SIGCONT by somebody, not a restart.
+        thaw: a recovery is a SIGCONT by somebody, not a restart.
         unrevivable_router: so are the routers.
         broken_pushes: so many of the next pushes fail in the middle.
         refuses_pushes: workers at which every push fails.
-        events: ("revive", "push" or "router", indices of the workers), in the order of time.
+        events: ("recover", "push" or "router", indices of the workers), in the order of time.
     """
 
     def __init__(self, count: int) -> None:
@@ -46,8 +46,8 @@ class StandIns:
         self.unrevivable_router = False
         self.broken_pushes = 0
         self.refuses_pushes: set[Worker] = set()
-        self.may_revive = threading.Event()
-        self.may_revive.set()
+        self.may_recover = threading.Event()
+        self.may_recover.set()
         self.events: list[tuple[str, list[int]]] = []
         self.engines: list[SGLangEngine] = []
 
@@ -65,9 +65,9 @@ class StandIns:
         self.engines.append(engine)
         return engine
 
-    def revive(self, worker: Worker) -> None:
-        self.events.append(("revive", [worker.index]))
-        self.may_revive.wait()
+    def recover(self, worker: Worker) -> None:
+        self.events.append(("recover", [worker.index]))
+        self.may_recover.wait()
         if worker in self.unrevivable:
             raise ServersError(f"{worker.name} is gone for good")
         if self.thaw:
@@ -132,7 +132,7 @@ def made_stand_ins() -> Iterator[Callable[[int], StandIns]]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         for one in made:
-            one.may_revive.set()
+            one.may_recover.set()
             one.close()
 
 

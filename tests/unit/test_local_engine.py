@@ -288,7 +288,7 @@ def test_user_errors(qwen3: Path, tmp_path: Path) -> None:
         _engine(tmp_path)
     assert "\n" not in str(error.value)
     for values in ({"temperature": 0.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"length": 0}):
-        with pytest.raises(UsageError, match="it must be"):
+        with pytest.raises(AssertionError):
             _params(**values)  # type: ignore[arg-type]
     engine = _engine(qwen3)
     engine.close()

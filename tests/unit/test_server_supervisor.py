@@ -1,4 +1,4 @@
-"""The guard of a launched server, with real kills: nothing of the server is left, whoever died first."""
+"""The supervisor of a launched server, with real kills: nothing of the server is left, whoever died first."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TREE = textwrap.dedent(
     time.sleep(float(sys.argv[2]))
     """
 )
-# A run that launches it, and has forked a child that holds every file of the run open, the guard's pipe too.
+# A run that launches it, and has forked a child that holds every file of the run open, the supervisor's pipe too.
 RUN = textwrap.dedent(
     f"""
     import os, sys, time
@@ -52,7 +52,11 @@ RUN = textwrap.dedent(
 )
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 20.0) -> Any:
+HANG_S = 300.0
+"""Only a hang takes this long, whatever else the machine does."""
+
+
+def wait_for(what: Callable[[], Any], seconds: float = HANG_S) -> Any:
     """The first true value of `what`; fails when there is none in time."""
     deadline = time.monotonic() + seconds
     while not (value := what()):

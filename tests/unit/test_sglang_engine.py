@@ -110,7 +110,7 @@ def test_a_dead_server_costs_no_attempt_and_comes_back_with_the_weights(make: Ca
     timer.start()
     with pytest.warns(UserWarning, match=r"server .* answers again: it had failed: .*Connect"):
         check_answers(requests, engine.generate(requests, PARAMS))
-    assert stand_ins.events == [("push", [0, 1]), ("revive", [0]), ("push", [0])]
+    assert stand_ins.events == [("push", [0, 1]), ("recover", [0]), ("push", [0])]
     assert stand_ins.fakes[0].version.endswith("-1") and not stand_ins.workers[0].client.url.endswith(":0")
 
 
@@ -122,7 +122,7 @@ def test_a_hung_server_is_found_without_waiting_for_the_request(make: Callable[[
     requests, started = some_requests(6), time.monotonic()
     check_answers(requests, engine.generate(requests, PARAMS))
     assert time.monotonic() - started < 10  # the request itself may take 30 s
-    assert ("revive", [1]) in stand_ins.events
+    assert ("recover", [1]) in stand_ins.events
 
 
 def test_what_a_thawed_server_says_late_is_not_counted(make: Callable[[int], StandIns]) -> None:
@@ -173,7 +173,7 @@ def test_a_server_that_never_keeps_the_weights_is_lost_in_the_end(make: Callable
     engine = stand_ins.engine()
     engine.update_weights(MODEL, "1")
     stand_ins.fakes[0].fault = fail_first(1000, "stale")
-    with pytest.raises(EngineError, match=r"it fails again after 5 repairs: it holds weights 'default', not '\w+-1'"):
+    with pytest.raises(EngineError, match=r"fails again after 5 recoveries: it holds weights 'default', not '\w+-1'"):
         engine.generate(some_requests(4), PARAMS)
     assert stand_ins.events == [("push", [0])] * 6
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_bupo.rollout.sglang.recovery import EngineError, Repairs
+from megatron_bupo.rollout.sglang.recovery import EngineError, Recovery
 from megatron_bupo.rollout.sglang.worker import Endpoint
 from tests.unit.fake_sglang import FakeServer, fail_first
 from tests.unit.sglang_stand_ins import MODEL, OWNED, PARAMS, StandIns, check_answers, made_stand_ins, some_requests
@@ -35,7 +35,7 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     # It is out until the next weights, and is tried again then.
     before = len(stand_ins.fakes[0].requests)
     engine.generate(requests, PARAMS)
-    assert len(stand_ins.fakes[0].requests) == before and stand_ins.events.count(("revive", [0])) == 1
+    assert len(stand_ins.fakes[0].requests) == before and stand_ins.events.count(("recover", [0])) == 1
     stand_ins.fakes[0].fault = fail_first(0, "abort")
     engine.update_weights(MODEL, "2")
     assert stand_ins.events[-1] == ("push", [0, 1])
@@ -44,7 +44,7 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     stand_ins.unrevivable, stand_ins.fakes[1].delay_s = set(), 0.1
     stand_ins.fakes[0].kill()
     engine.generate(requests, PARAMS)
-    assert stand_ins.events[-2:] == [("revive", [0]), ("push", [0])]
+    assert stand_ins.events[-2:] == [("recover", [0]), ("push", [0])]
 
 
 def test_no_server_left_names_all_and_their_reasons(make: Callable[[int], StandIns]) -> None:
@@ -62,39 +62,39 @@ def test_no_server_left_names_all_and_their_reasons(make: Callable[[int], StandI
         engine.update_weights(MODEL, "2")
 
 
-def test_who_is_away_holds_nobody_up_and_gets_the_weights_when_it_is_back(make: Callable[[int], StandIns]) -> None:
+def test_a_failed_server_delays_no_other_and_gets_the_weights_when_it_is_back(make: Callable[[int], StandIns]) -> None:
     stand_ins = make(2)
     engine = stand_ins.engine()
     engine.update_weights(MODEL, "1")
     stand_ins.fakes[0].kill()
-    stand_ins.may_revive.clear()
+    stand_ins.may_recover.clear()
     requests = some_requests(6)
     check_answers(requests, engine.generate(requests, PARAMS))
-    assert stand_ins.events == [("push", [0, 1]), ("revive", [0])]
+    assert stand_ins.events == [("push", [0, 1]), ("recover", [0])]
     engine.update_weights(MODEL, "2")
     check_answers(requests, engine.generate(requests, PARAMS), version="2")
     assert stand_ins.events[2:] == [("push", [1])]
-    # It is being revived when a batch begins, and comes back in its middle.
+    # It is being recovered when a batch begins, and comes back in its middle.
     stand_ins.fakes[1].delay_s, before = 0.2, len(stand_ins.fakes[0].requests)
     requests = some_requests(10)
-    threading.Timer(0.2, stand_ins.may_revive.set).start()
+    threading.Timer(0.2, stand_ins.may_recover.set).start()
     check_answers(requests, engine.generate(requests, PARAMS), version="2")
     assert stand_ins.events[3:] == [("push", [0])]
     assert len(stand_ins.fakes[0].requests) > before
     # An update finds another one dead, and does not wait for it either.
-    stand_ins.may_revive.clear()
+    stand_ins.may_recover.clear()
     stand_ins.fakes[1].kill()
     engine.update_weights(MODEL, "3")
-    assert sorted(stand_ins.events[4:]) == [("push", [0]), ("revive", [1])]
+    assert sorted(stand_ins.events[4:]) == [("push", [0]), ("recover", [1])]
 
 
-def test_a_revival_that_ends_while_it_is_looked_at_is_not_begun_again(make: Callable[[int], StandIns]) -> None:
+def test_a_recovery_under_way_is_not_begun_again(make: Callable[[int], StandIns]) -> None:
     stand_ins = make(1)
-    repairs = Repairs(cast(Any, stand_ins), 2.0)
-    stand_ins.may_revive.clear()
-    revival = repairs.revive(stand_ins.workers[0], "it hung")
-    ailment = repairs.examine(stand_ins.workers[0], "1")
-    assert ailment is not None and ailment.revival is revival
+    recovery = Recovery(cast(Any, stand_ins), 2.0)
+    stand_ins.may_recover.clear()
+    under_way = recovery.recover(stand_ins.workers[0], "it hung")
+    fault = recovery.diagnose(stand_ins.workers[0], "1")
+    assert fault is not None and fault.under_way is under_way
 
 
 def test_no_weights_are_sent_for_a_batch_that_has_ended(make: Callable[[int], StandIns]) -> None:
@@ -111,7 +111,7 @@ def test_no_weights_are_sent_for_a_batch_that_has_ended(make: Callable[[int], St
             time.sleep(2)  # meanwhile all is answered, and the dead server is back and wants its weights
 
     check_answers(requests, engine.generate(requests, PARAMS, hold_up))
-    assert stand_ins.events == [("push", [0, 1]), ("revive", [0])]
+    assert stand_ins.events == [("push", [0, 1]), ("recover", [0])]
 
 
 def test_an_update_is_whole_or_an_error(make: Callable[[int], StandIns]) -> None:
@@ -138,16 +138,16 @@ def test_the_only_server_is_waited_for(make: Callable[[int], StandIns]) -> None:
     engine = stand_ins.engine()
     stand_ins.fakes[0].kill()
     engine.update_weights(MODEL, "2")
-    assert stand_ins.events == [("revive", [0]), ("push", [0])]
+    assert stand_ins.events == [("recover", [0]), ("push", [0])]
     stand_ins.broken_pushes, stand_ins.fakes[0].is_ill = 1, True  # it speaks, but generates no more
     engine.update_weights(MODEL, "2")
-    assert stand_ins.events[2:] == [("push", [0]), ("revive", [0]), ("push", [0])]
+    assert stand_ins.events[2:] == [("push", [0]), ("recover", [0]), ("push", [0])]
     stand_ins.broken_pushes = 3
     with pytest.raises(EngineError, match=r"did not take weights 4 in 3 attempts: .*bucket 2"):
         engine.update_weights(MODEL, "4")
     stand_ins.workers[0].process, stand_ins.broken_pushes, before = OWNED, 2, len(stand_ins.events)
     engine.update_weights(MODEL, "5")
-    assert stand_ins.events[before:] == [("push", [0]), ("push", [0]), ("revive", [0]), ("push", [0])]
+    assert stand_ins.events[before:] == [("push", [0]), ("push", [0]), ("recover", [0]), ("push", [0])]
 
 
 @pytest.mark.parametrize("is_owned", [False, True])
@@ -156,7 +156,7 @@ def test_who_takes_no_weights_is_left_out_of_the_update(make: Callable[[int], St
     engine = stand_ins.engine()
     bad = stand_ins.workers[1:3]  # more failures than an update may have, but those of two servers
     stand_ins.refuses_pushes = set(bad)
-    stand_ins.may_revive.clear()
+    stand_ins.may_recover.clear()
     if is_owned:
         for worker in bad:
             worker.process = OWNED
@@ -165,9 +165,9 @@ def test_who_takes_no_weights_is_left_out_of_the_update(make: Callable[[int], St
         engine.update_weights(MODEL, "1")
     pushes = [event for event in stand_ins.events if event[0] == "push"]
     assert pushes == [("push", [0, 1, 2, 3])] * 2 + [("push", [0, 2, 3])] * 2 + [("push", [0, 3])]
-    assert [event for event in stand_ins.events if event[0] == "revive"] == [
-        ("revive", [1]),
-        ("revive", [2]),
+    assert [event for event in stand_ins.events if event[0] == "recover"] == [
+        ("recover", [1]),
+        ("recover", [2]),
     ] * is_owned
     for worker in bad:
         left_out = [one for one in caught if f"{worker.name} is left out: it failed 2 times" in str(one.message)]
@@ -199,7 +199,7 @@ def test_behind_a_router_only_requests_go_to_it(make: Callable[[int], StandIns])
     router.fault = fail_first(1, "cut", chosen=lambda body: stand_ins.fakes[2].kill() is None)
     check_answers(requests, engine.generate(requests, PARAMS))
     assert set(router.calls) == {"/generate", "/health"} and router.most_at_once == 6
-    assert stand_ins.events == [("push", [1, 2]), ("revive", [2]), ("push", [2])]
+    assert stand_ins.events == [("push", [1, 2]), ("recover", [2]), ("push", [2])]
 
 
 def test_a_router_that_is_down_is_not_blamed_on_its_servers(make: Callable[[int], StandIns]) -> None:
@@ -217,7 +217,7 @@ def test_a_router_that_is_down_is_not_blamed_on_its_servers(make: Callable[[int]
     router.is_ill, router.delay_s = True, 0.0
     router.fault = fail_first(1, "cut", chosen=lambda body: stand_ins.fakes[2].kill() is None)
     check_answers(requests, engine.generate(requests, PARAMS))
-    assert stand_ins.events[2:] == [("revive", [2]), ("push", [2])]
+    assert stand_ins.events[2:] == [("recover", [2]), ("push", [2])]
     stand_ins.unrevivable_router = True
     router.kill()
     with pytest.raises(EngineError, match=r"no SGLang server is left: .*the router is gone for good \(it had failed: "):

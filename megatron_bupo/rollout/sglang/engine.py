@@ -1,7 +1,7 @@
-"""The engine behind SGLang servers: it asks them for the responses, gives them the weights, and stands their faults.
+"""The rollout engine on SGLang servers: requests responses, hands over weights, and recovers from faults of servers.
 
-It lives in one process. An event loop in a thread of its own does the asking; what concerns the trainer (weights for a
-server that came back, the progress) is done by the thread that called `generate`, while it waits.
+It runs in one process. An event loop in a second thread sends the requests. Work that concerns the trainer (weights for
+a server that came back, progress) is queued as tasks for the thread that called `generate`, which does them meanwhile.
 
 Left out, with room for it: more requests than are needed (over-sampling), going on with what was begun under older
 weights (partial rollouts), one step ahead, and truncated importance sampling. What a response needs for them is known:
@@ -29,17 +29,17 @@ from megatron_bupo.rollout.engine import (
     TrainedModel,
 )
 from megatron_bupo.rollout.sglang.dispatch import Batch
-from megatron_bupo.rollout.sglang.recovery import EngineError, Repairs, in_thread
+from megatron_bupo.rollout.sglang.recovery import EngineError, Recovery, in_thread
 from megatron_bupo.rollout.sglang.scheduling import Limits
 from megatron_bupo.rollout.sglang.servers import Servers
 from megatron_bupo.rollout.sglang.weight_sync.calls import SyncError
 from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
 from megatron_bupo.rollout.sglang.worker import Worker
 
-UPDATES = 3
-"""How often the weights are sent before the run ends. What a server cost that was given up does not count."""
-PATIENCE = 2
-"""Failures of one server in one update after which it must not hold up the others any more."""
+MAX_UPDATE_ATTEMPTS = 3
+"""How often the weights are sent before the run ends. Failures of servers that were left out do not count."""
+MAX_FAILURES_PER_UPDATE = 2
+"""Failures of one server in one update after which the others do not wait for it any more."""
 OTHER_FILES = 256
 """Open files that are left to all else than the requests: probes, weights, logs, data."""
 STOP_S = 15.0
@@ -68,7 +68,7 @@ class SGLangEngine(RolloutEngine):
         self._servers, self._sync = servers, sync
         concurrency = _within_open_files(concurrency, len(servers.workers))
         self._limits = Limits(concurrency, attempts, request_timeout_s, health_timeout_s)
-        self._repairs = Repairs(servers, health_timeout_s)
+        self._recovery = Recovery(servers, health_timeout_s)
         # Another run may have left weights of the same step on these servers: what they hold is named by both.
         self._token = secrets.token_hex(4)
         self._version = ""
@@ -87,22 +87,22 @@ class SGLangEngine(RolloutEngine):
         assert len({request.identity for request in requests}) == len(requests), "two requests are the same"
         if not requests:
             return []
-        errands: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         batch = Batch(
             self._servers.endpoints,
             requests,
             params,
             self._weights[1],
             self._limits,
-            self._repairs,
-            push=lambda workers: self._order_push(workers, errands),
-            report=lambda number: errands.put(lambda: progress(number) if progress is not None else None),
+            self._recovery,
+            push=lambda workers: self._request_push(workers, tasks),
+            report=lambda number: tasks.put(lambda: progress(number) if progress is not None else None),
         )
         outcome = in_thread(lambda: asyncio.run(batch.run()))
-        outcome.add_done_callback(lambda _: errands.put(None))
+        outcome.add_done_callback(lambda _: tasks.put(None))
         try:
-            while (errand := errands.get()) is not None:
-                errand()
+            while (task := tasks.get()) is not None:
+                task()
         except BaseException:
             batch.stop()
             wait([outcome], timeout=STOP_S)
@@ -118,16 +118,16 @@ class SGLangEngine(RolloutEngine):
         self._version, self._weights = version, (model, f"{self._token}-{version}")
         failures: list[SyncError] = []
         left_out: set[Worker] = set()
-        while sum(failure.worker not in left_out for failure in failures) < UPDATES:
-            workers = self._repairs.ready(thoroughly=bool(failures), without=left_out)
+        while sum(failure.worker not in left_out for failure in failures) < MAX_UPDATE_ATTEMPTS:
+            workers = self._recovery.ready(thoroughly=bool(failures), without=left_out)
             try:
                 self._sync.push(workers, *self._weights)
                 return
             except SyncError as error:
                 warnings.warn(f"weights {version} are sent again: {error}", stacklevel=1)
                 failures.append(error)
-                if sum(failure.worker is error.worker for failure in failures) == PATIENCE:
-                    self._spare_others(error, left_out)
+                if sum(failure.worker is error.worker for failure in failures) == MAX_FAILURES_PER_UPDATE:
+                    self._leave_out(error, left_out)
         what = "; ".join(map(str, failures))
         raise EngineError(f"the servers did not take weights {version} in {len(failures)} attempts: {what}")
 
@@ -137,17 +137,17 @@ class SGLangEngine(RolloutEngine):
         finally:
             self._servers.close()
 
-    def _spare_others(self, error: SyncError, left_out: set[Worker]) -> None:
+    def _leave_out(self, error: SyncError, left_out: set[Worker]) -> None:
         """Leave a server that keeps failing out of an update, unless it is the last: restarted if it is ours."""
         worker = error.worker
-        if any(one is not worker and one not in left_out for one in self._repairs.not_lost()):
+        if any(one is not worker and one not in left_out for one in self._recovery.not_lost()):
             left_out.add(worker)
         if worker.process is not None:
-            self._repairs.revive(worker, str(error))
+            self._recovery.recover(worker, str(error))
         elif worker in left_out:
-            self._repairs.give_up(worker, f"it failed {PATIENCE} times in one update, at last: {error}")
+            self._recovery.give_up(worker, f"it failed {MAX_FAILURES_PER_UPDATE} times in one update, at last: {error}")
 
-    def _order_push(self, workers: list[Worker], errands: SimpleQueue[Callable[[], object] | None]) -> Future[None]:
+    def _request_push(self, workers: list[Worker], tasks: SimpleQueue[Callable[[], object] | None]) -> Future[None]:
         """Have the thread that called `generate` give the current weights to some servers: all ranks take part."""
         pushed: Future[None] = Future()
 
@@ -162,7 +162,7 @@ class SGLangEngine(RolloutEngine):
             else:
                 pushed.set_result(None)
 
-        errands.put(push)
+        tasks.put(push)
         return pushed
 
 

@@ -28,7 +28,7 @@ GRACE_S = 15.0
 API_KEY_VARIABLE = "SGLANG_API_KEY"
 # Of a Python traceback.
 _ERROR_LINE = re.compile(r"([\w.]+(Error|Exception)|error)\b:?")
-_GUARD = Path(__file__).with_name("supervisor.py")
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 # What the run decides; given in --sglang-args it would be overruled without a word.
 _OWNED_FLAGS = (
     "--model-path", "--host", "--port", "--dtype", "--api-key", "--admin-api-key", "--weight-version", "--random-seed",
@@ -41,7 +41,7 @@ _TORCHRUN_VARIABLES = (
 
 
 class ServerProcess:
-    """A server and the guard around it, running from the moment this is made.
+    """A server and the supervisor around it, running from the moment this is made.
 
     Args:
         command: the server's, without the API key.
@@ -56,9 +56,9 @@ class ServerProcess:
         order = {"command": list(command), "run_pid": os.getpid(), "api_key": api_key, "grace_s": GRACE_S}
         with log.open("ab") as file:
             self._start_of_log = file.tell()
-            # -I and -S: the guard needs nothing of this environment, and starts in milliseconds.
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_GUARD)],
+            # -I and -S: the supervisor needs nothing of this environment, and starts in milliseconds.
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_SUPERVISOR)],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
@@ -70,12 +70,12 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the guard: the server and all that it starts are below it."""
-        return self._guard.pid
+        """Of the supervisor: the server and all that it starts are below it."""
+        return self._supervisor.pid
 
     def exit_status(self) -> int | None:
         """The server's, as a shell shows it (137: killed); None while it runs."""
-        return self._guard.poll()
+        return self._supervisor.poll()
 
     def printed(self) -> str:
         """What the server printed since this start, at most the last 256 KiB."""
@@ -83,7 +83,7 @@ class ServerProcess:
             file.seek(max(self._start_of_log, file.seek(0, os.SEEK_END) - (1 << 18)))
             return file.read().decode(errors="replace")
 
-    def last_words(self, num_lines: int = 6) -> str:
+    def log_tail(self, num_lines: int = 6) -> str:
         """The end of what the server printed, for one line, and the last error if it lies above."""
         lines = [line.strip() for line in self.printed().splitlines() if line.strip()]
         above = [line for line in lines[:-num_lines] if _ERROR_LINE.match(line)]
@@ -97,16 +97,16 @@ class ServerProcess:
 
     def wait(self) -> None:
         """Until nothing is left of it. Raises TimeoutExpired for a process that not even KILL ends."""
-        self._guard.wait(timeout=GRACE_S + 30)
+        self._supervisor.wait(timeout=GRACE_S + 30)
 
     def kill(self) -> None:
         self.begin_stop(kill=True)
         self.wait()
 
     def _tell(self, order: bytes) -> None:
-        assert self._guard.stdin is not None
+        assert self._supervisor.stdin is not None
         with suppress(BrokenPipeError):  # it has ended already
-            self._guard.stdin.write(order)
+            self._supervisor.stdin.write(order)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Servers that fail: what is wrong with one, and bringing it back while the others go on."""
+"""Servers that fail: the diagnosis of one, and its recovery while the others go on."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from megatron_bupo.rollout.sglang.worker import Endpoint, Worker
 
 PROBE_PAUSE_S = 0.3
 MAX_REFUSED = 3
-"""So many connections in a row that are refused or cut, not late, mean a dead server."""
+"""A server is dead after this many connections in a row that were refused or cut (not late)."""
 LOST_S = 5.0
-"""Seconds that a server which was lost has to answer; the others wait for it at every update."""
-NOBODY_BEHIND = frozenset({None, 502, 504})
-"""No whole answer, or that of a gateway that reaches nobody."""
+"""Seconds that a server which was given up has to answer at an update, for which the others wait."""
+UNREACHABLE_STATUSES = frozenset({None, 502, 504})
+"""HTTP statuses of a gateway that reaches no server; None: no whole answer."""
 
 _Result = TypeVar("_Result")
 
 
 class EngineError(RuntimeError):
-    """The servers cannot go on. Names them and their reasons."""
+    """No server can answer, or one request failed too often. Names the servers and the reasons."""
 
 
 @dataclass(frozen=True)
-class Ailment:
-    """What is wrong with a server; `needs_revival` unless the right weights are all that it lacks.
+class Fault:
+    """What is wrong with a server. `needs_recovery` is False where it only lacks the right weights.
 
-    `revival` is one that was under way: a second one would end the server that has just come back.
+    `under_way` is a recovery that has begun: a second one would end the server that has just come back.
     """
 
     what: str
-    needs_revival: bool = True
-    revival: Future[None] | None = None
+    needs_recovery: bool = True
+    under_way: Future[None] | None = None
 
 
-class Repairs:
-    """The state of health of the servers, over the whole run. Its methods can be called from any thread.
+class Recovery:
+    """Diagnoses servers and brings failed ones back, over the whole run. Its methods can be called from any thread.
 
-    A revival has a thread of its own, which goes on when the batch in which the server failed has ended: the training
-    step covers it. What could not be revived is lost until the next update of the weights.
+    Each server recovers in its own thread, which may outlive the batch in which the server failed: it goes on while the
+    trainer updates. A server that could not recover is lost until the next update of the weights.
     """
 
     def __init__(self, servers: Servers, health_timeout_s: float) -> None:
         self._servers, self._health_timeout_s = servers, health_timeout_s
-        self._revivals: dict[Worker, Future[None]] = {}
+        self._recoveries: dict[Worker, Future[None]] = {}
         self._lost: dict[Worker, str] = {}
         self._lock = threading.Lock()
 
@@ -60,20 +60,20 @@ class Repairs:
     def not_lost(self) -> list[Worker]:
         return [worker for worker in self._servers.workers if worker not in self._lost]
 
-    def examine(self, worker: Worker, version: str | None, *, timeout_s: float | None = None) -> Ailment | None:
+    def diagnose(self, worker: Worker, version: str | None, *, timeout_s: float | None = None) -> Fault | None:
         """None where a server is healthy and holds `version` (None: any). Blocks, at most for the health timeout."""
-        revival = self._revivals.get(worker)
-        if revival is not None:
-            return Ailment("it is being brought back", revival=revival)
+        recovery = self._recoveries.get(worker)
+        if recovery is not None:
+            return Fault("it is being brought back", under_way=recovery)
         try:
             held = _probe(worker, timeout_s or self._health_timeout_s)
         except ServerError as error:
-            return Ailment(_ended(worker) or str(error))
+            return Fault(_ended(worker) or str(error))
         if version is not None and held != version:
-            return Ailment(f"it holds weights {held!r}, not {version!r}", needs_revival=False)
+            return Fault(f"it holds weights {held!r}, not {version!r}", needs_recovery=False)
         return None
 
-    def examine_router(self, endpoint: Endpoint) -> str | None:
+    def diagnose_router(self, endpoint: Endpoint) -> str | None:
         """Why the router of an endpoint cannot be asked; None where it answers, or there is none. Blocks."""
         router = endpoint.router
         if router is None:
@@ -83,9 +83,9 @@ class Repairs:
             try:
                 router.get("/health", timeout_s=left_s())
             except ServerError as error:
-                if error.status in NOBODY_BEHIND:
+                if error.status in UNREACHABLE_STATUSES:
                     raise
-                # One that says that something is wrong lives: some say so when it is a worker that ails.
+                # A router that answers with an error is alive: some do so when one of their workers fails.
 
         try:
             _try_several(ask, self._health_timeout_s)
@@ -104,13 +104,13 @@ class Repairs:
             raise
         warnings.warn(f"router {endpoint.router.url} answers again: it had failed: {why}", stacklevel=1)
 
-    def revive(self, worker: Worker, why: str) -> Future[None]:
+    def recover(self, worker: Worker, why: str) -> Future[None]:
         """Start to bring a server back, unless that is under way. The future has ServersError if it is lost."""
         with self._lock:
-            if worker not in self._revivals:
-                worker.version = None  # now, and not when the thread begins: a batch must not ask it any more
-                self._revivals[worker] = in_thread(lambda: self._revive(worker, why))
-            return self._revivals[worker]
+            if worker not in self._recoveries:
+                worker.version = None  # before the thread begins: a batch must not ask it any more
+                self._recoveries[worker] = in_thread(lambda: self._recover(worker, why))
+            return self._recoveries[worker]
 
     def give_up(self, worker: Worker, why: str) -> None:
         """Leave a server out until the next update of the weights."""
@@ -131,22 +131,24 @@ class Repairs:
             EngineError: none is left.
         """
         workers = [worker for worker in self._servers.workers if worker not in without]
-        doubtful = {worker for worker in workers if self._lost.pop(worker, None) is not None}
-        checks = [in_thread(self._check, worker, thoroughly, worker in doubtful) for worker in workers]
-        revivals = {worker: check.result() for worker, check in zip(workers, checks, strict=True)}
-        back = [worker for worker, revival in revivals.items() if revival is None]
-        pending = {revival for revival in revivals.values() if revival is not None}
+        given_up = {worker for worker in workers if self._lost.pop(worker, None) is not None}
+        checks = [in_thread(self._check, worker, thoroughly, worker in given_up) for worker in workers]
+        recoveries = {worker: check.result() for worker, check in zip(workers, checks, strict=True)}
+        back = [worker for worker, recovery in recoveries.items() if recovery is None]
+        pending = {recovery for recovery in recoveries.values() if recovery is not None}
         while pending and not back:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            back = [worker for worker, revival in revivals.items() if revival in done and revival.exception() is None]
+            back = [
+                worker for worker, recovery in recoveries.items() if recovery in done and recovery.exception() is None
+            ]
         if not back:
             raise self.none_left()
         return back
 
     def none_left(self) -> EngineError:
-        behind, being = "in order, but behind a router with one that is not", "it is being brought back"
+        behind, being = "healthy, but behind a router with one that is not", "it is being brought back"
         reasons = "; ".join(
-            f"{worker.name}: {self._lost.get(worker, being if worker in self._revivals else behind)}"
+            f"{worker.name}: {self._lost.get(worker, being if worker in self._recoveries else behind)}"
             for worker in self._servers.workers
         )
         return EngineError(
@@ -154,20 +156,20 @@ class Repairs:
             "bring one back"
         )
 
-    def _check(self, worker: Worker, thoroughly: bool, is_doubtful: bool) -> Future[None] | None:
-        """None where a server is healthy, otherwise its revival."""
-        revival = self._revivals.get(worker)
-        if revival is not None:
-            return revival
-        if not thoroughly and not is_doubtful and self._answers(worker):
+    def _check(self, worker: Worker, thoroughly: bool, was_given_up: bool) -> Future[None] | None:
+        """None where a server is healthy, otherwise its recovery."""
+        recovery = self._recoveries.get(worker)
+        if recovery is not None:
+            return recovery
+        if not thoroughly and not was_given_up and self._answers(worker):
             return None
-        timeout_s = min(LOST_S, self._health_timeout_s) if is_doubtful else None
-        ailment = self.examine(worker, version=None, timeout_s=timeout_s)
-        if ailment is None:
-            if thoroughly or is_doubtful:
-                worker.checked = False  # it failed: it may have been started anew since
+        timeout_s = min(LOST_S, self._health_timeout_s) if was_given_up else None
+        fault = self.diagnose(worker, version=None, timeout_s=timeout_s)
+        if fault is None:
+            if thoroughly or was_given_up:
+                worker.checked = False  # it failed: somebody may have restarted it since
             return None
-        return ailment.revival or self.revive(worker, ailment.what)
+        return fault.under_way or self.recover(worker, fault.what)
 
     def _answers(self, worker: Worker) -> bool:
         try:
@@ -175,25 +177,25 @@ class Repairs:
         except ServerError:
             return False
         if worker.version is not None and held != worker.version:
-            worker.checked = False  # started anew by somebody
+            worker.checked = False  # somebody has restarted it
         return True
 
-    def _revive(self, worker: Worker, why: str) -> None:
+    def _recover(self, worker: Worker, why: str) -> None:
         name = worker.name
         try:
-            self._servers.revive(worker)
+            self._servers.recover(worker)
         except Exception as error:
             self.give_up(worker, f"{error} (it had failed: {why})")
             raise ServersError(str(error)) from error
         finally:
             with self._lock:
-                del self._revivals[worker]
+                del self._recoveries[worker]
         how = f"was restarted as {worker.name}" if worker.process is not None else "answers again"
         warnings.warn(f"server {name} {how}: it had failed: {why}", stacklevel=1)
 
 
 def in_thread(function: Callable[..., _Result], *args: Any) -> Future[_Result]:
-    """Run a function in a thread that holds up neither the end of a batch nor that of the process."""
+    """Run a function in a thread for which neither a batch nor the process waits at its end."""
     future: Future[_Result] = Future()
     future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
 
@@ -210,14 +212,14 @@ def in_thread(function: Callable[..., _Result], *args: Any) -> Future[_Result]:
 
 
 def _ended(worker: Worker) -> str | None:
-    """What is known of the end of a server that the run launched; None if it runs, or is not ours."""
+    """How a server that the run launched ended; None if it runs, or if the run did not launch it."""
     if worker.process is None or (status := worker.process.exit_status()) is None:
         return None
     return f"it ended (exit status {status}, log {worker.process.log})"
 
 
 def _probe(worker: Worker, timeout_s: float) -> object:
-    """The version of the weights of a server that generates. Raises ServerError: the last failure of several tries."""
+    """The weight version of a server that can generate. Raises ServerError: the last failure of several tries."""
 
     def ask(left_s: Callable[[], float]) -> object:
         worker.client.get("/health", timeout_s=left_s())

@@ -1,4 +1,4 @@
-"""Who is asked for what next: the wanted responses of a batch, and the endpoints that they are spread over."""
+"""Which backend is asked for what next: the requests of a batch, and the endpoints that they are spread over."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class Limits:
 
 @dataclass(eq=False)
 class Job:
-    """One response that is wanted, and what became of it so far: `failures` are the attempts it has used up."""
+    """One requested response, with the answer once there is one; `failures` are the attempts that it has used up."""
 
     request: GenerationRequest
     seed: int
     generation: Generation | None = None
     failures: list[str] = field(default_factory=list)
-    failed_at: list[Lane] = field(default_factory=list)
+    failed_at: list[Backend] = field(default_factory=list)
 
 
-class Lane:
+class Backend:
     """An endpoint during one batch.
 
     Attributes:
-        is_open: it can be asked. Closed for a moment after a failure; `is_down` until it was repaired.
-        asked: what it works at.
-        failed: requests that failed there, and how; they wait for the verdict on the lane.
-        alarm: set when that verdict is due.
-        strikes, repairs: times in a row that something failed, or that it was repaired, with no response between them.
+        is_open: it takes requests. Not after a failure, until it was diagnosed; `is_down` until it has recovered.
+        asked: the requests that it works on.
+        failed: requests that failed there, with the reason, until the backend is diagnosed.
+        alarm: set when it is to be diagnosed.
+        consecutive_failures, consecutive_recoveries: in a row, with no response between them.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -58,7 +58,7 @@ class Lane:
         self.asked: dict[asyncio.Task[None], Job] = {}
         self.failed: list[tuple[Job, str]] = []
         self.alarm = asyncio.Event()
-        self.strikes, self.repairs = 0, 0
+        self.consecutive_failures, self.consecutive_recoveries = 0, 0
 
     @property
     def workers(self) -> list[Worker]:
@@ -70,20 +70,23 @@ class Lane:
 
 
 def next_share(
-    queue: deque[Job], lanes: list[Lane], num_unanswered: int, concurrency: int
-) -> tuple[Lane, list[Job]] | None:
-    """Take requests out of the queue for the least loaded of the open lanes. None: nothing can be asked now.
+    queue: deque[Job], backends: list[Backend], num_unanswered: int, concurrency: int
+) -> tuple[Backend, list[Job]] | None:
+    """Take requests out of the queue for the least loaded open backend. None: no request can be sent now.
 
-    They are of one prompt, which a server then computes once. What failed at a lane is for another, if one is up.
+    They have one prompt, which the server then computes once. What failed at a backend goes to another, if one is up.
     """
-    is_open, is_up = [lane for lane in lanes if lane.is_open], [lane for lane in lanes if not lane.is_down]
-    # More than its share of what is left would leave nothing for the others, in a batch that is small.
-    share = math.ceil(num_unanswered / max(sum(len(lane.workers) for lane in is_open), 1))
-    for lane in sorted(is_open, key=Lane.load):
-        room = min(concurrency, share) * len(lane.workers) - len(lane.asked)
+    is_open, is_up = (
+        [backend for backend in backends if backend.is_open],
+        [backend for backend in backends if not backend.is_down],
+    )
+    # In a small batch, more than its share of what is left would leave nothing for the others.
+    share = math.ceil(num_unanswered / max(sum(len(backend.workers) for backend in is_open), 1))
+    for backend in sorted(is_open, key=Backend.load):
+        room = min(concurrency, share) * len(backend.workers) - len(backend.asked)
         taken: list[Job] = []
         for job in queue:
-            if lane in job.failed_at and not all(one in job.failed_at for one in is_up):
+            if backend in job.failed_at and not all(one in job.failed_at for one in is_up):
                 continue
             if len(taken) >= room or (taken and job.request.prompt.tokens != taken[0].request.prompt.tokens):
                 break
@@ -91,5 +94,5 @@ def next_share(
         for job in taken:
             queue.remove(job)
         if taken:
-            return lane, taken
+            return backend, taken
     return None

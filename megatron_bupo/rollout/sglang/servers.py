@@ -34,7 +34,7 @@ class ServersError(RuntimeError):
 
 
 class Servers:
-    """Made by `start`. `revive` may be called from threads, for different workers at once."""
+    """Made by `start`. `recover` may be called from threads, for different workers at once."""
 
     def __init__(
         self, config: SGLangConfig, dtype: str, api_key: str | None, launcher: Launcher | None, logs: Path | None
@@ -45,7 +45,7 @@ class Servers:
         self._logs = logs or Path(tempfile.mkdtemp(prefix="bupo-sglang-logs-") if launcher is not None else "")
         self._processes: dict[int, ServerProcess] = {}
         self._num_starts: dict[int, int] = {}
-        self._num_revivals: Counter[Worker] = Counter()
+        self._num_recoveries: Counter[Worker] = Counter()
         self._lock = threading.Lock()
         self._ending = threading.Event()
 
@@ -88,7 +88,7 @@ class Servers:
             raise
         return servers
 
-    def revive(self, worker: Worker) -> None:
+    def recover(self, worker: Worker) -> None:
         """Bring a worker that failed back: with unknown weights, to be checked anew. Blocks until it is ready.
 
         An owned one is killed and started again; another one is waited for, as somebody may restart it. Each start, or
@@ -102,7 +102,7 @@ class Servers:
         wait = self._wait(lambda _text: None)
         last = ""
         while True:
-            self._spend_revival(worker, last)
+            self._spend_recovery(worker, last)
             try:
                 if worker.process is None:
                     worker.info = wait.until_ready(worker.client, None, None)
@@ -202,20 +202,20 @@ class Servers:
             except PortTaken as error:
                 process.kill()
                 if attempt == PORT_ATTEMPTS:
-                    raise NotReady(f"server_{index}: {error}, {attempt} times; {process.last_words()}") from error
+                    raise NotReady(f"server_{index}: {error}, {attempt} times; {process.log_tail()}") from error
             except BaseException:
                 process.kill()
                 raise
         raise AssertionError("the last attempt returns or raises")
 
-    def _spend_revival(self, worker: Worker, last: str) -> None:
+    def _spend_recovery(self, worker: Worker, last: str) -> None:
         budget = self._config.sglang_restarts
         with self._lock:
-            if self._num_revivals[worker] >= budget:
+            if self._num_recoveries[worker] >= budget:
                 raise ServersError(
                     f"{worker.name} failed, and its --sglang-restarts {budget} is used up in this run{last}"
                 )
-            self._num_revivals[worker] += 1
+            self._num_recoveries[worker] += 1
 
     def _end(self, kill: bool) -> None:
         with self._lock:

@@ -150,7 +150,7 @@ class Wait:
         """Between two questions."""
         left_s = self._left_s()
         if left_s <= 0:
-            more = f"; {process.last_words()}" if process is not None else ""
+            more = f"; {process.log_tail()}" if process is not None else ""
             raise NotReady(f"{name}: not ready after --sglang-start-timeout {self.timeout_s:g} s; last: {last}{more}")
         self.say(f"{last[:100]}, {left_s:.0f} s left")
         if self.ending.wait(min(POLL_S, left_s)):
@@ -163,7 +163,7 @@ def _check_running(name: str, process: ServerProcess) -> None:
         return
     if "address already in use" in process.printed().lower():
         raise PortTaken(f"{name}: somebody else took the port")
-    raise NotReady(f"{name} ended while it started (exit status {status}); {process.last_words()}")
+    raise NotReady(f"{name} ended while it started (exit status {status}); {process.log_tail()}")
 
 
 def _check_usable(url: str, args: dict[str, Any], is_generation: bool, dtype: str) -> None:

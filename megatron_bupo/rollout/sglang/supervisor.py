@@ -1,9 +1,9 @@
-"""The little process between a run and a server that it launched: however the run ends, the server ends with it.
+"""A small process between a run and a server that it launched: however the run ends, the server ends with it.
 
 Run as a file, by any Python on Linux: it imports the standard library only. Its input is a pipe from the run. The first
 line is JSON: {"command": [...], "run_pid": pid, "api_key": text or null, "grace_s": seconds}. Later bytes: `e` ends the
-server (TERM, the grace, KILL), `k` kills it at once. The end of the pipe, a signal to the guard, or another parent than
-the run (it is gone) are like `e`. When the guard has ended, nothing is left of the server, its grandchildren included.
+server (TERM, the grace, KILL), `k` kills it at once. The end of the pipe, a signal to the supervisor, or the end of the
+run (the parent is another process then) are like `e`. When the supervisor has ended, no process of the server is left.
 
 An API key goes to the server in a private file (sglang's --config), never on a command line, and is masked in what the
 server prints: sglang logs all its arguments.
@@ -30,7 +30,7 @@ LONGEST_LINE = 1 << 20
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 
 
-class Guard:
+class Supervisor:
     """Starts the server, waits for a reason to end it, ends it. `run` gives the server's exit status as in a shell."""
 
     def __init__(self, order: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ class Guard:
         self._config_dir: str | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
-        _prctl(_SET_CHILD_SUBREAPER, 1)  # a grandchild whose parent dies becomes the guard's child, not init's
+        _prctl(_SET_CHILD_SUBREAPER, 1)  # a grandchild whose parent dies becomes the supervisor's child, not init's
         command = list(order["command"])
         if self._secret:
             command += ["--config", self._write_config(order["api_key"])]
@@ -102,7 +102,7 @@ class Guard:
                 self._status = code if code >= 0 else 128 - code
 
     def _kill_all(self) -> None:
-        """KILL everything below the guard until nothing is left: new ones may come while the old ones go."""
+        """KILL everything below the supervisor until nothing is left: new ones may come while the old ones go."""
         while pids := _descendants(os.getpid()):
             for pid in pids:
                 _kill(pid, signal.SIGKILL)
@@ -141,7 +141,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """In the new process: should the guard itself be killed, the server goes with it."""
+    """In the new process: should the supervisor itself be killed, the server goes with it."""
     _prctl(_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -189,4 +189,4 @@ def _read_order() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(Guard(_read_order()).run())
+    sys.exit(Supervisor(_read_order()).run())

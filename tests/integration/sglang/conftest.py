@@ -1,7 +1,7 @@
 """Two real SGLang servers on the CPU for all tests of this folder, launched as a run launches its own.
 
-A server takes 10 to 40 s of a core to start. A test that hurts one brings it back (`servers.revive`), and takes nothing
-for granted about the weights that it finds.
+A server takes 10 to 40 s of a core to start. A test that kills one restarts it (`servers.recover`), and no test relies
+on the weights that an earlier one left.
 """
 
 from __future__ import annotations

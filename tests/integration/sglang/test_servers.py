@@ -1,4 +1,4 @@
-"""Servers.start, revive and close with the real SGLang: readiness, real kills, nothing left over."""
+"""Servers.start, recover and close with the real SGLang: readiness, real kills, nothing left over."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_killed_run_leaves_nothing_and_its_key_is_nowhere(
             Servers.start(given, "elsewhere", "fp32", 1, None, "another")
         assert SGLangClient(url, KEY).get("/model_info", timeout_s=60)["model_path"] == str(tiny_qwen3)
         processes = psutil.Process(run.pid).children(recursive=True)
-        assert len(processes) >= 4  # the guard, HTTP, a scheduler, a detokenizer
+        assert len(processes) >= 4  # the supervisor, HTTP, a scheduler, a detokenizer
         assert KEY not in " ".join(word for process in processes for word in process.cmdline())
         log = (tmp_path / "server_0.log").read_text()
         assert "'api_key': '********'" in log

@@ -189,7 +189,7 @@ def test_a_server_that_is_killed(
     assert caught.value.worker is victim
     assert time.monotonic() - started < 40
     trainer.extra.clear()
-    servers.revive(victim)
+    servers.recover(victim)
     for number, again in enumerate([sync, make_sync("tensor"), make_sync("disk")]):
         again.push(servers.workers, trainer, f"2-{number}")
         assert_in_step(servers, trainer, tiny_qwen3, f"2-{number}")

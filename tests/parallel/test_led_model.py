@@ -13,4 +13,4 @@ from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
 @pytest.mark.parametrize("layout", ["PP2", "DP2"])
 def test_the_first_rank_leads(score_cases: Path, layout: str) -> None:
     processes, flags = LAYOUTS[layout]
-    assert_passed(torchrun(processes, "tests/parallel/lead_worker.py", score_cases, *flags))
+    assert_passed(torchrun(processes, "tests/parallel/led_model_worker.py", score_cases, *flags))
