@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from megatron_bupo.analysis.flow_file import EntropyFlow, check_measurable, span_text, write_flow
 from megatron_bupo.analysis.flow_plots import draw_flows
 from megatron_bupo.architectures.architecture import Architecture, check_layout
@@ -39,12 +37,11 @@ def run(config: EntropyFlowConfig) -> None:
         from megatron_bupo.analysis.entropy_flow import measure
         from megatron_bupo.model.parallel_model import ParallelModel
 
-        dtype = torch.bfloat16 if config.model.bf16 else torch.float32
         if rollouts is None:
             assert prompting is not None
-            rollouts = _answer(config, prompting, state, dtype)
+            rollouts = _answer(config, prompting, state)
         measured = measure(
-            ParallelModel(arch, weights, config.parallel, state, dtype),
+            ParallelModel(arch, weights, config.parallel, state, config.model.dtype),
             rollouts,
             config.max_tokens_per_micro_batch,
             final_norm=config.final_norm,
@@ -76,13 +73,13 @@ def _heatmap_response(given: int | None, num_requests: int, rollouts: list[Rollo
     return given
 
 
-def _answer(config: EntropyFlowConfig, prompting: Prompting, state: ParallelState, dtype: torch.dtype) -> list[Rollout]:
+def _answer(config: EntropyFlowConfig, prompting: Prompting, state: ParallelState) -> list[Rollout]:
     """The full policy's responses, on every rank; OUTPUT/rollouts.jsonl keeps them for another measurement."""
     from megatron_bupo.rollout.local import LocalEngine
     from megatron_bupo.rollout.source import generate_shared, to_rollouts
 
     batch_size = config.rollout_micro_batch_size
-    engine = LocalEngine(config.model.hf_model, dtype, state.device, max_batch_size=batch_size)
+    engine = LocalEngine(config.model.hf_model, config.model.dtype, state.device, max_batch_size=batch_size)
     generations = generate_shared(engine, prompting.requests, prompting.params, state)
     engine.close()
     rollouts = to_rollouts(prompting.requests, generations, config.n_samples_per_prompt, prompting.tokenizer)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from megatron_bupo.analysis.side_by_side import (
     MAX_CHOICES,
     MAX_POSITIONS,
@@ -38,12 +36,15 @@ def run(config: GenerateConfig) -> None:
         from megatron_bupo.rollout.local import LocalEngine
         from megatron_bupo.rollout.source import generate_shared, to_rollouts
     with processes(config.seed) as state:
-        dtype = torch.bfloat16 if config.model.bf16 else torch.float32
         rollouts: list[Rollout] = []
         views: list[PolicyView] = []
         for spec in specs:  # one copy of the model at a time
             engine = LocalEngine(
-                config.model.hf_model, dtype, state.device, policy=spec, max_batch_size=config.rollout_micro_batch_size
+                config.model.hf_model,
+                config.model.dtype,
+                state.device,
+                policy=spec,
+                max_batch_size=config.rollout_micro_batch_size,
             )
             generations = generate_shared(engine, requests, params, state)
             if state.rank == 0:

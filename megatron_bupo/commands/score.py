@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from megatron_bupo.architectures.architecture import Architecture, check_layout
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import ScoreConfig
@@ -27,8 +25,7 @@ def run(config: ScoreConfig) -> None:
         from megatron_bupo.model.parallel_model import ParallelModel
         from megatron_bupo.model.scoring import score_rollouts, write_scores
 
-        dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-        model = ParallelModel(arch, weights, parallel, state, dtype)
+        model = ParallelModel(arch, weights, parallel, state, config.model.dtype)
         scores = score_rollouts(model, rollouts, spec, config.rollout_temperature, config.max_tokens_per_micro_batch)
         if state.rank == 0:
             write_scores(config.output, scores)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bupo.config.model import ModelConfig
 from megatron_bupo.config.paths import check_file, check_output_file, check_output_folder
+from megatron_bupo.config.rollout import RolloutConfig
 from megatron_bupo.config.train import (
     BatchConfig,
     DataConfig,
-    ModelConfig,
     ParallelConfig,
-    RolloutConfig,
     RunConfig,
     check_data_files,
 )

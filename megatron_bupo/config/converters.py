@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from megatron_bupo.config.model import ModelConfig, check_hf_model
 from megatron_bupo.config.paths import check_new_folder
-from megatron_bupo.config.train import ModelConfig, ParallelConfig, check_hf_model
+from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group, flag, same_flag
 from megatron_bupo.policy_spec import PolicySpec

@@ -10,6 +10,9 @@ from megatron_bupo.config import launch
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import flag_name
 
+HF = "hf"
+"""In the folder of checkpoints: configuration and tokenizer, for every one of them."""
+
 
 def check_file(name: str, path: str) -> None:
     """Raise UsageError unless `path`, given for the flag of that field name, is a file."""

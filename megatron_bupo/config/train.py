@@ -7,22 +7,21 @@ be; what needs the contents of a file (layers against the model, rollouts) is ch
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bupo.config import launch
+from megatron_bupo.config.model import ModelConfig
 from megatron_bupo.config.monitor import MonitorConfig
-from megatron_bupo.config.paths import check_file, check_new_folder, check_output_folder
+from megatron_bupo.config.paths import HF, check_file, check_new_folder, check_output_folder
 from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
+from megatron_bupo.config.schedule import ScheduleConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group, flag
-from megatron_bupo.policy_spec import INTERNAL_MODULES
 from megatron_bupo.rl.builtin import LossFlags, estimator, estimator_names, loss_names
 from megatron_bupo.rl.objective_flags import ObjectiveFlags
 from megatron_bupo.user_code import UserFunction
 
-AUTO = "auto"
 USER_FUNCTION = "NAME|FILE.py:function"
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
 
@@ -35,30 +34,10 @@ def check_data_files(paths: list[str] | None) -> None:
         check_file("prompt_data", path)
 
 
-def check_hf_model(path: str) -> None:
-    """Raise UsageError unless --hf-model is a folder with a config.json."""
-    if not Path(path).is_dir():
-        raise UsageError(f"--hf-model {path}: no such folder; give a HuggingFace folder on this machine")
-    if not (Path(path) / "config.json").is_file():
-        raise UsageError(f"--hf-model {path}: has no config.json; give a HuggingFace folder")
-
-
 def _check_name_or_function(flag: str, text: str, names: tuple[str, ...]) -> None:
     """Raise UsageError unless the text is one of the names or a function in a file, which is not run here."""
     if text not in names:
         UserFunction.parse(flag, text, "record" if flag == "--reward" else "inputs", names)
-
-
-@dataclass(frozen=True)
-class ModelConfig(Group):
-    """model"""
-
-    hf_model: str = flag("HuggingFace folder: config, tokenizer, safetensors", metavar="DIR")
-    bf16: bool = flag("weights and activations in bfloat16 (fp32 otherwise)", False)
-
-    def check(self) -> None:
-        super().check()
-        check_hf_model(self.hf_model)
 
 
 @dataclass(frozen=True)
@@ -135,42 +114,6 @@ class OptimizerConfig(Group):
         super().check()
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig(Group):
-    """steps and phases"""
-
-    train_iters: int = flag("steps; a step is one rollout batch", low=1)
-    internal_layer: str | None = flag(
-        "phase 1 trains the policy of this layer (layers count from 1); auto: the layer that the entropy flow of the "
-        "first rollouts suggests",
-        None,
-        metavar="L|auto",
-    )
-    internal_steps: int = flag("steps of phase 1; 0 is plain GRPO", 0, low=0)
-    internal_module: str = flag("output that the policy reads", "layer", choices=INTERNAL_MODULES)
-    policy_schedule: str | None = flag("phases and their steps: layer:6x30,full", None, metavar="TEXT")
-    internal_policy_norm: str = flag("norm before the unembedding", "none", choices=("none", "final"))
-
-    def check(self) -> None:
-        super().check()
-        layer = self.internal_layer
-        if layer is not None and layer != AUTO and not re.fullmatch(r"[1-9]\d{0,5}", layer, re.ASCII):
-            raise UsageError(f"--internal-layer {layer}: must be the number of a layer, from 1, or {AUTO}")
-        if layer == AUTO and self.internal_steps == 0:
-            raise UsageError(f"--internal-layer {AUTO}: chooses the layer of phase 1; give --internal-steps as well")
-
-    @property
-    def is_auto(self) -> bool:
-        """Whether the layer of phase 1 is still to be chosen."""
-        return self.internal_layer == AUTO
-
-    @property
-    def layer(self) -> int | None:
-        """The layer of phase 1, once it is known."""
-        assert not self.is_auto, "the layer is not chosen yet"
-        return None if self.internal_layer is None else int(self.internal_layer)
 
 
 @dataclass(frozen=True)
@@ -292,6 +235,7 @@ class TrainConfig(Group):
         self._check_source()
         self._check_sizes()
         self._check_monitor()
+        self._check_export()
 
     def _check_source(self) -> None:
         prompts, replay = self.data.prompt_data, self.rollout.load_rollouts
@@ -326,7 +270,6 @@ class TrainConfig(Group):
             raise UsageError(f"--lr-warmup-iters {warmup}: must be at most --train-iters {steps}")
 
     def _check_monitor(self) -> None:
-        """Whether a --policy-schedule has a phase to end is seen when it is read."""
         schedule, interval = self.schedule, self.monitor.entropy_flow_interval
         without = schedule.policy_schedule is None and not 0 < schedule.internal_steps < schedule.train_iters
         if self.monitor.internal_stop and without:
@@ -334,7 +277,28 @@ class TrainConfig(Group):
                 f"--internal-stop with --internal-steps {schedule.internal_steps}: there must be an internal phase and "
                 f"full steps after it; give 1 step or more, and fewer than --train-iters {schedule.train_iters}"
             )
+        if self.monitor.internal_stop and schedule.policy_schedule is not None:
+            schedule.phases(None).check_stop()
         if interval is not None and self.run.save is None and self.run.tensorboard_dir is None:
             raise UsageError(
                 f"--entropy-flow-interval {interval}: goes to --save DIR or --tensorboard-dir DIR; give one"
             )
+
+    def _check_export(self) -> None:
+        """The export becomes a new folder, in which nothing else is written."""
+        save_hf, save = self.run.save_hf, self.run.save
+        if save_hf is None:
+            return
+        export = Path(save_hf).resolve()
+        if export.exists():
+            raise UsageError(f"--save-hf {save_hf}: exists; give the name of a new folder")
+        if save is not None and export == Path(save).resolve() / HF:
+            raise UsageError(f"--save-hf {save_hf}: checkpoints keep config and tokenizer there; give another name")
+        outputs = {
+            "--save": save,
+            "--tensorboard-dir": self.run.tensorboard_dir,
+            "--save-rollouts": self.rollout.save_rollouts,
+        }
+        for name, path in outputs.items():
+            if path is not None and export in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise UsageError(f"--save-hf {save_hf}: {name} {path} lies there; give a folder of its own")

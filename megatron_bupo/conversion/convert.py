@@ -15,6 +15,7 @@ import torch
 
 from megatron_bupo.architectures.architecture import Architecture, check_layout
 from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config.paths import HF
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.conversion.stored_model import (
     Parameter,
@@ -27,7 +28,6 @@ from megatron_bupo.conversion.stored_model import (
 )
 from megatron_bupo.conversion.workers import Ranks, in_threads
 from megatron_bupo.weights.checkpoint_tree import (
-    HF,
     RELEASE,
     TRACKER,
     Checkpoint,

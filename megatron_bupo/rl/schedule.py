@@ -145,6 +145,10 @@ class PolicySchedule:
         for spec in self.specs:
             spec.check(num_layers)
 
+    def names(self) -> tuple[str, ...]:
+        """The policy of every step."""
+        return tuple(str(spec) for spec, steps in self.phases for _ in range(steps))
+
     def describe(self) -> str:
         """For people: ``steps 1-30 layer:6, steps 31-300 full``."""
         parts, first = [], 1

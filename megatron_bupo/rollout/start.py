@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import torch
-
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.prompts import PromptSet
@@ -32,7 +30,7 @@ def check_source(config: TrainConfig) -> None:
 
 
 def make_source(
-    config: TrainConfig, arch: Architecture, prompts: PromptSet | None, state: ParallelState, dtype: torch.dtype
+    config: TrainConfig, arch: Architecture, prompts: PromptSet | None, state: ParallelState
 ) -> RolloutSource:
     """The source that the flags ask for, ready to answer; without prompts a replay. Collective.
 
@@ -57,7 +55,7 @@ def make_source(
     with without_gc():
         from megatron_bupo.rollout.local import LocalEngine
     size = rollout.rollout_micro_batch_size
-    engine = LocalEngine(config.model.hf_model, dtype, state.device, max_batch_size=size)
+    engine = LocalEngine(config.model.hf_model, config.model.dtype, state.device, max_batch_size=size)
     return EmbeddedGeneration(engine, prompts, tokenizer, rewards(), rollout, params, state)
 
 

@@ -85,7 +85,7 @@ class Actor(ParallelModel):
         converted: Path | None = None,
     ) -> None:
         super().__init__(arch, weights, parallel, state, dtype, converted)
-        self._dtype = dtype
+        self.dtype = dtype
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
@@ -100,7 +100,7 @@ class Actor(ParallelModel):
 
     def optimizer_state(self) -> OptimizerState:
         """What Adam keeps, to be saved or restored."""
-        return OptimizerState(self.optimizer.megatron, self.named_parameters(), self._dtype, self.state.dp_group)
+        return OptimizerState(self.optimizer.megatron, self.named_parameters(), self.dtype, self.state.dp_group)
 
     def update(
         self, batches: Sequence[MicroBatch], spec: PolicySpec, objective: Objective, lr: float, temperature: float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_bupo.analysis.flow_file import FILE_NAME, EntropyFlow, read_flow
@@ -57,7 +56,6 @@ def choose_layer(
     converted: Path | None,
     source: FirstStepKept,
     state: ParallelState,
-    dtype: torch.dtype,
 ) -> EntropyFlow:
     """Measure the starting model on the first step's rollouts. Collective; the same on every rank.
 
@@ -68,7 +66,7 @@ def choose_layer(
     from megatron_bupo.model.scoring import ModelForEngine
     from megatron_bupo.training.flow_log import flow_of_step
 
-    model = ParallelModel(arch, weights, config.parallel, state, dtype, converted)
+    model = ParallelModel(arch, weights, config.parallel, state, config.model.dtype, converted)
     for_engine = ModelForEngine(model, config.batch.max_tokens_per_micro_batch)
     source.update_weights(for_engine, version="0")
     # All take the first rank's: another machine's last digit could turn the scales.

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_bupo.architectures.table import WeightTable, table_for
+from megatron_bupo.config.paths import HF
 from megatron_bupo.files import new_file
 from megatron_bupo.training.actor import Actor
 from megatron_bupo.training.run_state import ITERATION, RUN_STATE, RunState
-from megatron_bupo.weights.checkpoint_tree import HF, TRACKER
+from megatron_bupo.weights.checkpoint_tree import TRACKER
 from megatron_bupo.weights.dist_checkpoint import load_model, load_sharded, model_state, save_sharded
 from megatron_bupo.weights.tensor_map import write_hf_side
 

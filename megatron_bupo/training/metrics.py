@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -98,6 +98,17 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, Any]:
         "grad_norm": [update.grad_norm for update in updates],
         **{name: sum(update.sums[name] for update in updates) / tokens for name in names},
     }
+
+
+def console_lines(metrics: dict[str, Any], num_steps: int, alarm_above: float) -> Iterator[str]:
+    """What is printed of a step: its numbers, why an internal phase ended before it, and an alarm (`engine_alarm`)."""
+    step = metrics["step"]
+    if "internal_stop" in metrics:
+        yield f"the internal phase ended before step {step}: {metrics['internal_stop']}"
+    yield console_line(metrics, num_steps)
+    alarm = engine_alarm(metrics, alarm_above)
+    if alarm is not None:
+        yield f"step {step:3d}/{num_steps}  warning: {alarm}"
 
 
 def console_line(metrics: dict[str, Any], num_steps: int) -> str:

@@ -45,7 +45,8 @@ class PhaseMonitor:
         ended: tuple[int, ...] = (),
         watch: PhaseWatch | None = None,
     ) -> None:
-        self._config, self._model, self._temperature, self._max_tokens = config, model, temperature, max_tokens
+        self._num_responses, self._bounds = config.monitor_responses, config.stop_bounds
+        self._model, self._temperature, self._max_tokens = model, temperature, max_tokens
         self.schedule, self.ended, self.watch = schedule, ended, watch
 
     def policy_at(self, step: int, rollouts: list[Rollout]) -> tuple[PolicySpec, dict[str, Any]]:
@@ -53,14 +54,14 @@ class PhaseMonitor:
         if self.schedule.at(step).is_full:
             self.watch = None
             return FULL, {}
-        metrics = self._measure(step, rollouts) if self._config.monitor_responses else {}
+        metrics = self._measure(step, rollouts) if self._num_responses else {}
         if "internal_stop" in metrics:
             self.schedule = self.schedule.ended_before(step)
             self.ended, self.watch = (*self.ended, step), None
         return self.schedule.at(step), metrics
 
     def _measure(self, step: int, rollouts: list[Rollout]) -> dict[str, Any]:
-        sample = rollouts[: self._config.monitor_responses]
+        sample = rollouts[: self._num_responses]
         scores = self._score(sample)
         seen = _compare(sample, scores)
         # In its first step a phase is where it began. No token of the probe may be trained: then nothing is compared.
@@ -71,7 +72,7 @@ class PhaseMonitor:
         if self.watch is None:
             pairs = zip(sample, scores, strict=True)
             self.watch = PhaseWatch(now, [replace(one, rollout_logprobs=score.logprobs) for one, score in pairs])
-        reason = self.watch.crossed(now, self._config.stop_bounds)
+        reason = self.watch.crossed(now, self._bounds)
         metrics = {**full_policy_metrics(seen), "kl_start": kl_start}
         return metrics if reason is None else {**metrics, "internal_stop": reason}
 

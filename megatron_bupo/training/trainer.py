@@ -1,14 +1,13 @@
-"""The training loop. `Trainer.step` is the algorithm on one screen: read it from the top."""
+"""One training step: `Trainer.step` is the algorithm on one screen, read it from the top."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.rollout_files import step_file, write_rollouts
@@ -23,8 +22,6 @@ from megatron_bupo.training.actor import Actor, make_objective
 from megatron_bupo.training.flow_log import measure_flow
 from megatron_bupo.training.metrics import (
     MAXIMA,
-    console_line,
-    engine_alarm,
     full_policy_metrics,
     means,
     observe,
@@ -61,20 +58,6 @@ class Trainer:
         self.temperature = config.rollout.rollout_temperature
         self._reference = actor.snapshot() if self.objective.needs_reference else None
         self._seconds: dict[str, float] = {}
-
-    def run(self, done: int = 0, save: Callable[[int], None] | None = None) -> None:
-        """The steps after `done`, with a line on the console for each; `save` is called after those to keep."""
-        last, interval = self.config.schedule.train_iters, self.config.run.save_interval
-        with tqdm(total=last, initial=done, desc="train", unit="step", disable=self.state.rank > 0 or None) as bar:
-            for step in range(done + 1, last + 1):
-                metrics = self.step(step)
-                if self.tracker is not None:
-                    self.tracker.log(metrics)
-                    for line in self._console_lines(metrics):
-                        bar.write(line)
-                bar.update()
-                if save is not None and interval is not None and (step % interval == 0 or step == last):
-                    save(step)
 
     def step(self, step: int) -> Metrics:
         """One rollout batch: generate, score, update, hand the weights to the engine."""
@@ -146,15 +129,6 @@ class Trainer:
         folder = self.config.rollout.save_rollouts
         if folder and self.state.rank == 0:
             write_rollouts(step_file(folder, step), rollouts)
-
-    def _console_lines(self, metrics: Metrics) -> Iterator[str]:
-        step, last = metrics["step"], self.config.schedule.train_iters
-        if "internal_stop" in metrics:
-            yield f"the internal phase ended before step {step}: {metrics['internal_stop']}"
-        yield console_line(metrics, last)
-        alarm = engine_alarm(metrics, self.config.monitor.logprob_diff_alarm)
-        if alarm is not None:
-            yield f"step {step:3d}/{last}  warning: {alarm}"
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

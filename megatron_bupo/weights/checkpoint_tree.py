@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bupo.config.paths import HF
 from megatron_bupo.errors import UsageError
 
-TRACKER, RELEASE, HF = "latest_checkpointed_iteration.txt", "release", "hf"
+TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from megatron_bupo.config.commands import GenerateConfig, ScoreConfig
+from megatron_bupo.config.model import ModelConfig
 from megatron_bupo.config.monitor import MonitorConfig
 from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
+from megatron_bupo.config.schedule import ScheduleConfig
 from megatron_bupo.config.train import (
     AlgorithmConfig,
     BatchConfig,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 from megatron_bupo.errors import UsageError

@@ -29,7 +29,7 @@ def start_engine(config: TrainConfig, arch: Architecture, prompts: PromptSet, de
     servers = Servers.start(
         flags,
         model.hf_model,
-        "bf16" if model.bf16 else "fp32",
+        model.dtype_name,
         run.seed,
         Path(run.save) / "sglang" if run.save else None,
         # Taken out of the environment, which processes that judge responses inherit.

@@ -1,0 +1,134 @@
+"""What a training run needs before its model is built: read and checked without a process group or a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_bupo.analysis.flow_file import EntropyFlow
+from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.table import table_for
+from megatron_bupo.config import launch
+from megatron_bupo.config.train import TrainConfig
+from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts
+from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
+from megatron_bupo.data.tokenizer import load_tokenizer
+from megatron_bupo.errors import UsageError
+from megatron_bupo.rl.builtin import load_estimator, load_loss
+from megatron_bupo.rl.schedule import PolicySchedule
+from megatron_bupo.rollout.start import check_source
+from megatron_bupo.training.auto_layer import choice_so_far, layer_of_run
+from megatron_bupo.training.run_record import changed_flags, fingerprint
+from megatron_bupo.training.run_state import RunIdentity, Start, find_start
+from megatron_bupo.weights.hf_files import HFWeights
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that can start.
+
+    Attributes:
+        prompts: None for a replay.
+        schedule: phases that were ended early are shortened; layer 1 stands in for a layer that is not chosen yet.
+        identity: what a resume compares; its phases are those of the flags.
+        flow: the measurement from which --internal-layer auto chose the layer, once it has.
+        layer_is_open: --internal-layer auto has still to choose.
+    """
+
+    config: TrainConfig
+    arch: Architecture
+    weights: HFWeights
+    prompts: PromptSet | None
+    schedule: PolicySchedule
+    identity: RunIdentity
+    start: Start
+    flow: EntropyFlow | None
+    layer_is_open: bool
+
+    def with_layer_of(self, flow: EntropyFlow) -> PreparedRun:
+        """This run with the layer that a flow suggests."""
+        schedule = self.config.schedule.phases(flow.suggested_layer)
+        identity = replace(self.identity, phases=schedule.names())
+        return replace(self, schedule=schedule, identity=identity, flow=flow, layer_is_open=False)
+
+    def describe_phases(self) -> str:
+        """For people: ``steps 1-30 layer:auto, steps 31-300 full``."""
+        phases, first = self.schedule.describe(), str(self.schedule.specs[0])
+        return phases.replace(first, first.replace(":1", ":auto")) if self.layer_is_open else phases
+
+
+def prepare(config: TrainConfig) -> PreparedRun:
+    """Check everything that can be checked without a process group; nothing is started or written.
+
+    Raises:
+        UsageError: the model, data, user functions, servers or checkpoint do not fit the flags or each other.
+    """
+    arch = Architecture.from_hf(config.model.hf_model)
+    check_layout(arch, config.parallel)
+    layer = layer_of_run(config)
+    layer_is_open = config.schedule.is_auto and layer is None
+    if arch.num_layers < 2 and (layer_is_open or config.monitor.entropy_flow_interval):
+        given = "--internal-layer auto" if layer_is_open else "--entropy-flow-interval"
+        raise UsageError(f"{given}: {config.model.hf_model} has 1 layer; an entropy flow needs 2 or more")
+    schedule = config.schedule.phases(1 if layer_is_open else layer)
+    schedule.check(arch.num_layers)
+    weights = HFWeights(config.model.hf_model)
+    weights.check(table_for(arch))
+    # A file of the user's that fails when it is run fails now, and not on some rank later.
+    load_loss(config.algorithm.loss, config.algorithm.losses)
+    load_estimator(config.algorithm.advantage_estimator)
+    prompts = _read_prompts(config, arch)
+    check_source(config)
+    identity = _identity(config, schedule, prompts)
+    start = _find_start(config, identity)
+    for step in start.ended:
+        schedule = schedule.ended_before(step)
+    flow = choice_so_far(config, layer)
+    return PreparedRun(config, arch, weights, prompts, schedule, identity, start, flow, layer_is_open)
+
+
+def _read_prompts(config: TrainConfig, arch: Architecture) -> PromptSet | None:
+    """The prompts, or None for a replay, whose files are checked to the last line."""
+    rollout, longest = config.rollout, config.data.rollout_max_prompt_len
+    if rollout.load_rollouts is not None:
+        num_responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+        check_replay(rollout.load_rollouts, config.schedule.train_iters, num_responses, arch.vocab_size)
+        return None
+    assert config.data.prompt_data is not None
+    tokenizer = load_tokenizer(config.model.hf_model)
+    is_first = launch.rank() == 0
+    prompts = load_prompts(config.data.prompt_data, tokenizer, longest, show_progress=is_first)
+    if prompts.num_dropped and is_first:
+        print(f"prompts: {len(prompts)} kept, {prompts.num_dropped} dropped (over {longest} tokens)")
+    if rollout.rollout_batch_size > len(prompts):
+        raise UsageError(
+            f"--rollout-batch-size {rollout.rollout_batch_size}: the data have {len(prompts)} prompts of at most "
+            f"{longest} tokens; lower it or give more data"
+        )
+    check_positions(prompts, rollout.rollout_max_response_len, arch.max_position_embeddings)
+    return prompts
+
+
+def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet | None) -> RunIdentity:
+    steps, folder = config.schedule.train_iters, config.rollout.load_rollouts
+    return RunIdentity(
+        model=fingerprint(Path(config.model.hf_model)),
+        dtype=config.model.dtype_name,
+        data=prompts.fingerprint() if prompts is not None else "",
+        replay=tuple(replay_fingerprints(str(folder), steps)) if prompts is None else (),
+        seed=config.run.seed,
+        rollout_batch_size=config.rollout.rollout_batch_size,
+        n_samples_per_prompt=config.rollout.n_samples_per_prompt,
+        phases=schedule.names(),
+    )
+
+
+def _find_start(config: TrainConfig, identity: RunIdentity) -> Start:
+    """Where the run begins; flags that changed since it was started are printed, and kept for run.json."""
+    start = find_start(config.run, identity, watched=config.monitor.monitor_responses > 0)
+    if start.folder is None:
+        return start
+    changed = changed_flags(config, start.folder.parent)
+    if changed and launch.rank() == 0:
+        print(f"{start.folder}: goes on with other flags than it was started with ({'; '.join(changed)})")
+    return replace(start, changes=(*start.changes, *changed))

@@ -1,0 +1,125 @@
+"""A training run from its model to its last checkpoint: the loop around `Trainer.step`, and what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_bupo.analysis.flow_file import write_flow
+from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.rollout.source import FirstStepKept, RolloutSource
+from megatron_bupo.training.actor import Actor
+from megatron_bupo.training.auto_layer import CHOICE_FOLDER, choose_layer, describe_choice
+from megatron_bupo.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_bupo.training.flow_log import log_flow
+from megatron_bupo.training.metrics import console_lines
+from megatron_bupo.training.phase_monitor import PhaseMonitor
+from megatron_bupo.training.prepare import PreparedRun
+from megatron_bupo.training.run_record import describe_run
+from megatron_bupo.training.run_state import RunState, cut_metrics
+from megatron_bupo.training.tracker import Tracker
+from megatron_bupo.training.trainer import Trainer
+from megatron_bupo.weights.hf_files import write_hf_folder
+
+
+def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None:
+    """Choose the layer if it is open, build the model, take the steps that are left, export. Collective.
+
+    Raises:
+        UsageError: no layer suggests itself; a reward, loss or estimator that returns something else than it must.
+    """
+    if run.layer_is_open:
+        source = kept = FirstStepKept(source)
+        flow = choose_layer(run.config, run.arch, run.weights, run.start.converted, kept, state)
+        run = run.with_layer_of(flow)
+    config, start = run.config, run.start
+    actor = Actor(
+        run.arch,
+        run.weights,
+        config.parallel,
+        config.optimizer,
+        state,
+        config.model.dtype,
+        run.schedule.specs,
+        start.converted,
+    )
+    tracker = _open_tracker(run) if state.rank == 0 else None
+    temperature, max_tokens = config.rollout.rollout_temperature, config.batch.max_tokens_per_micro_batch
+    monitor = PhaseMonitor(config.monitor, run.schedule, actor, temperature, max_tokens, start.ended, start.watch)
+    trainer = Trainer(config, monitor, actor, source, tracker)
+    if start.folder is not None and start.state is not None:
+        load_checkpoint(actor, start.folder, start.state)
+        if tracker is not None:
+            print(f"{start.folder}: going on after step {start.done}")
+    try:
+        # The engine may have weights of another run.
+        source.update_weights(trainer.model_for_engine, version=str(start.done))
+        _take_steps(run, trainer)
+    finally:
+        if tracker is not None:
+            tracker.close()
+    if config.run.save_hf:
+        _export(actor, config.model.hf_model, config.run.save_hf)
+
+
+def _take_steps(run: PreparedRun, trainer: Trainer) -> None:
+    """The steps that are left, with metrics, lines on the console and checkpoints."""
+    config, tracker, done = run.config, trainer.tracker, run.start.done
+    last, interval = config.schedule.train_iters, config.run.save_interval
+    is_first = trainer.state.rank == 0
+    with tqdm(total=last, initial=done, desc="train", unit="step", disable=None if is_first else True) as bar:
+        for step in range(done + 1, last + 1):
+            metrics = trainer.step(step)
+            if tracker is not None:
+                tracker.log(metrics)
+                for line in console_lines(metrics, last, config.monitor.logprob_diff_alarm):
+                    bar.write(line)
+            bar.update()
+            if interval is not None and (step % interval == 0 or step == last):
+                _save(run, trainer, step)
+
+
+def _save(run: PreparedRun, trainer: Trainer, step: int) -> None:
+    """SAVE/iter_<step>, and beside it what the watch over an internal phase compares with."""
+    flags, monitor = run.config.run, trainer.monitor
+    assert flags.save is not None
+    folder, watch = Path(flags.save), monitor.watch
+    if watch is not None and trainer.state.rank == 0:
+        watch.write(folder)
+    converted = run.start.converted
+    run_state = RunState(
+        step,
+        run.identity,
+        {},
+        str(converted.resolve()) if converted else None,
+        monitor.ended,
+        watch.first if watch is not None else None,
+    )
+    save_checkpoint(trainer.actor, folder, run_state, Path(run.config.model.hf_model), flags.keep)
+
+
+def _open_tracker(run: PreparedRun) -> Tracker:
+    """The tracker, with run.json and the flow that the layer was chosen from written."""
+    flags, flow = run.config.run, run.flow
+    if flags.save:
+        cut_metrics(Path(flags.save), run.start.done)
+    tracker = Tracker(flags.save, flags.tensorboard_dir, run.start.done)
+    folder = Path(flags.save) / CHOICE_FOLDER if flags.save else None
+    if flow is not None and run.start.folder is None:
+        chosen, tokens, why = flow.suggested_layer, flow.num_tokens, flow.selection["reasons"][1]
+        print(f"internal layer {chosen}, chosen on {tokens} tokens: {why}; {flow.selection['stability']}")
+        log_flow(tracker, folder, 0, flow)
+    elif flow is not None and folder is not None:
+        write_flow(folder, flow)
+    choice = None if flow is None else describe_choice(flow)
+    tracker.write_run(describe_run(run.config, run.schedule.describe(), run.identity, run.start.changes, choice))
+    return tracker
+
+
+def _export(actor: Actor, hf_model: str, folder: str) -> None:
+    if actor.state.rank == 0:
+        write_hf_folder(actor.hf_tensors(), hf_model, folder, actor.dtype)
+    else:
+        for _ in actor.hf_tensors():  # every rank takes part in gathering them
+            continue
