@@ -33,13 +33,10 @@ def flow_of_step(model: ParallelModel, rollouts: Sequence[Rollout], when: str, c
 def measure_flow(
     model: ParallelModel, rollouts: Sequence[Rollout], step: int, config: TrainConfig, tracker: Tracker | None
 ) -> None:
-    """Every --entropy-flow-interval steps, of the weights that wrote the rollouts. Collective.
+    """Measure the weights that wrote the rollouts of a step, and keep the flow with the run. Collective.
 
     A flow that cannot be measured ends no run: it is a warning.
     """
-    interval = config.monitor.entropy_flow_interval
-    if interval is None or step % interval:
-        return
     try:
         flow = flow_of_step(model, rollouts, f"step {step}", config)
     except UsageError as error:  # the same on every rank

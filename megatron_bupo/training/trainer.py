@@ -69,8 +69,9 @@ class Trainer:
         self._save_rollouts(step, batch.rollouts)
         with self._timed("monitor"):
             spec, watched = self.monitor.policy_at(step, batch.rollouts)
-        with self._timed("entropy_flow"):
-            measure_flow(self.actor, batch.rollouts, step, self.config, self.tracker)
+        if self._flow_is_due(step):
+            with self._timed("entropy_flow"):
+                measure_flow(self.actor, batch.rollouts, step, self.config, self.tracker)
         mini_batches = make_mini_batches(batch.rollouts, self.estimator, self.config, self.state)
         with self._timed("old_logprobs"):
             scored = self._score_old(mini_batches, spec)
@@ -124,6 +125,10 @@ class Trainer:
             lr_warmup_iters=optimizer.lr_warmup_iters,
             train_iters=self.config.schedule.train_iters,
         )
+
+    def _flow_is_due(self, step: int) -> bool:
+        interval = self.config.monitor.entropy_flow_interval
+        return interval is not None and step % interval == 0
 
     def _save_rollouts(self, step: int, rollouts: list[Rollout]) -> None:
         folder = self.config.rollout.save_rollouts

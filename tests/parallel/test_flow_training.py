@@ -73,6 +73,12 @@ def test_auto_trains_the_layer_that_the_first_rollouts_suggest(layout: str, case
     assert losses(chosen) == losses(explicit)
 
 
+def test_the_model_that_chose_the_layer_is_freed_before_the_training(case: Path) -> None:
+    processes, flags = LAYOUTS["PP2"]
+    sample = ["--entropy-flow-responses", str(SAMPLE)]
+    assert_passed(torchrun(processes, "tests/parallel/auto_layer_worker.py", case, *flags, *sample))
+
+
 def test_a_resumed_run_keeps_the_layer_that_was_chosen(case: Path, tmp_path: Path) -> None:
     whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved"
     # Together with what else looks at a phase: bounds that are not crossed, and the flow at every step.
