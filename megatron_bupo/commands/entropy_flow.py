@@ -13,6 +13,7 @@ from megatron_bupo.data.rollout_files import read_rollouts, write_rollouts
 from megatron_bupo.data.tokenizer import has_tokenizer, load_tokenizer
 from megatron_bupo.errors import UsageError
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
+from megatron_bupo.rollout.engine import GenerationRequest
 from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.samples import Rollout
 from megatron_bupo.weights.hf_files import HFWeights
@@ -31,7 +32,8 @@ def run(config: EntropyFlowConfig) -> None:
     rollouts = None if config.rollouts is None else read_rollouts(config.rollouts, arch.vocab_size)
     if rollouts is not None:
         check_measurable(rollouts, str(config.rollouts))
-    shown = _heatmap_response(config.heatmap_response, len(prompting.requests) if prompting else 0, rollouts)
+    requests = prompting.requests(config.num_prompts, config.n_samples_per_prompt) if prompting else []
+    shown = _heatmap_response(config.heatmap_response, len(requests), rollouts)
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     with parallel_state(config.parallel, config.seed) as state:
         from megatron_bupo.analysis.entropy_flow import measure
@@ -39,7 +41,7 @@ def run(config: EntropyFlowConfig) -> None:
 
         if rollouts is None:
             assert prompting is not None
-            rollouts = _answer(config, prompting, state)
+            rollouts = _answer(config, prompting, requests, state)
         measured = measure(
             ParallelModel(arch, weights, config.parallel, state, config.model.dtype),
             rollouts,
@@ -73,16 +75,18 @@ def _heatmap_response(given: int | None, num_requests: int, rollouts: list[Rollo
     return given
 
 
-def _answer(config: EntropyFlowConfig, prompting: Prompting, state: ParallelState) -> list[Rollout]:
+def _answer(
+    config: EntropyFlowConfig, prompting: Prompting, requests: list[GenerationRequest], state: ParallelState
+) -> list[Rollout]:
     """The full policy's responses, on every rank; OUTPUT/rollouts.jsonl keeps them for another measurement."""
     from megatron_bupo.rollout.local import LocalEngine
     from megatron_bupo.rollout.source import generate_shared, to_rollouts
 
     batch_size = config.rollout_micro_batch_size
     engine = LocalEngine(config.model.hf_model, config.model.dtype, state.device, max_batch_size=batch_size)
-    generations = generate_shared(engine, prompting.requests, prompting.params, state)
+    generations = generate_shared(engine, requests, prompting.params, state)
     engine.close()
-    rollouts = to_rollouts(prompting.requests, generations, config.n_samples_per_prompt, prompting.tokenizer)
+    rollouts = to_rollouts(requests, generations, config.n_samples_per_prompt, prompting.tokenizer)
     if state.rank == 0:
         write_rollouts(Path(config.output) / "rollouts.jsonl", rollouts)
     return rollouts

@@ -31,7 +31,8 @@ def run(config: GenerateConfig) -> None:
     # transformers, which loads the engine's model, would fill what is missing with random numbers.
     HFWeights(config.model.hf_model).check(table_for(arch))
     prompting = Prompting.read(config, arch)
-    requests, params, tokenizer = prompting.requests, prompting.params, prompting.tokenizer
+    params, tokenizer = prompting.params, prompting.tokenizer
+    requests = prompting.requests(config.num_prompts, config.n_samples_per_prompt)
     with without_gc():
         from megatron_bupo.rollout.local import LocalEngine
         from megatron_bupo.rollout.source import generate_shared, to_rollouts

@@ -27,7 +27,7 @@ def run(config: TrainConfig) -> None:
         return
     with (
         parallel_state(config.parallel, config.run.seed) as state,
-        closing(make_source(config, prepared.arch, prepared.prompts, state)) as source,
+        closing(make_source(config, prepared.arch, prepared.prompting, state)) as source,
     ):
         # It imports megatron-core, which is quiet about what it misses only when parallel_state has imported it.
         from megatron_bupo.training.run import train

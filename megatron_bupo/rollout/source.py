@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bupo.config.rollout import RolloutConfig
-from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
 from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState, Processes
@@ -27,6 +25,7 @@ from megatron_bupo.rollout.engine import (
     make_requests,
 )
 from megatron_bupo.rollout.led_model import LedModel
+from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.samples import Rollout
 
 
@@ -65,110 +64,114 @@ class Replay:
         """Nothing is held."""
 
 
-class PromptedSource(ABC):
-    """Prompts that an engine answers, rewarded on the first rank."""
+class ResponseGenerator(Protocol):
+    """An engine as all ranks use it together. Every call but `close` is a collective."""
+
+    def update_weights(self, model: TrainedModel, version: str) -> None: ...
+
+    def responses(self, requests: list[GenerationRequest], params: SamplingParams) -> list[Generation]:
+        """One response per request, in their order, on every rank."""
+
+    def close(self) -> None: ...
+
+
+class EmbeddedGeneration:
+    """An engine in every process; each process answers its share.
+
+    A response depends on (seed, step, prompt, sample) alone, so the shares change nothing.
+    """
+
+    def __init__(self, engine: RolloutEngine, state: ParallelState) -> None:
+        self._engine, self._state = engine, state
+
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        self._engine.update_weights(model, version)
+
+    def responses(self, requests: list[GenerationRequest], params: SamplingParams) -> list[Generation]:
+        return generate_shared(self._engine, requests, params, self._state)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class ServedGeneration:
+    """An engine on the first rank alone, which talks to servers; the other ranks take part when it needs the weights.
+
+    Args:
+        engine: None on all other ranks.
+    """
+
+    def __init__(self, engine: RolloutEngine | None, state: ParallelState) -> None:
+        self._engine, self._state = engine, state
+        self._model: LedModel | None = None
+
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        led = self._model = LedModel(model, self._state)
+        led.run(lambda: self._first_ranks_engine.update_weights(led, version))
+
+    def responses(self, requests: list[GenerationRequest], params: SamplingParams) -> list[Generation]:
+        assert self._model is not None, "the engine has no weights yet"
+        return self._model.run(lambda: generate_with_bar(self._first_ranks_engine, requests, params))
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    @property
+    def _first_ranks_engine(self) -> RolloutEngine:
+        assert self._engine is not None, "only the first rank has the engine"
+        return self._engine
+
+
+class PromptedSource:
+    """Generates responses to the prompts, and computes their rewards on the first rank.
+
+    Args:
+        rewards: of the first rank; None on all others.
+    """
 
     def __init__(
         self,
-        prompts: PromptSet,
-        tokenizer: PreTrainedTokenizerBase,
+        generator: ResponseGenerator,
+        prompting: Prompting,
         rewards: RewardRunner | None,
         config: RolloutConfig,
-        params: SamplingParams,
         state: ParallelState,
     ) -> None:
         assert (rewards is not None) == (state.rank == 0), "the first rank, and only it, has the reward workers"
-        self._prompts, self._tokenizer, self._rewards = prompts, tokenizer, rewards
-        self._config, self._params, self._state = config, params, state
+        self._generator, self._prompting, self._rewards = generator, prompting, rewards
+        self._config, self._state = config, state
         try:
             on_first_rank(state, lambda: self._reward_runner.wait_until_loaded())
         except Exception:
             self.close()
             raise
 
-    @abstractmethod
-    def update_weights(self, model: TrainedModel, version: str) -> None:
-        """Hand the model's weights to the engine."""
-
-    @abstractmethod
-    def _responses(self, requests: list[GenerationRequest]) -> list[Generation]:
-        """One response per request, in their order, on every rank."""
-
-    @abstractmethod
-    def _close_engine(self) -> None:
-        """Give back what the engine holds. Safe to call twice."""
-
     def rollouts(self, step: int) -> RolloutBatch:
         started = time.perf_counter()
-        prompts = self._prompts.batch(step, self._config.rollout_batch_size, self._params.seed)
-        requests = make_requests(prompts, step, self._config.n_samples_per_prompt)
-        generations = self._responses(requests)
-        unrewarded = to_rollouts(requests, generations, self._config.n_samples_per_prompt, self._tokenizer)
+        params, samples = self._prompting.params, self._config.n_samples_per_prompt
+        prompts = self._prompting.prompts.batch(step, self._config.rollout_batch_size, params.seed)
+        requests = make_requests(prompts, step, samples)
+        generations = self._generator.responses(requests, params)
+        unrewarded = to_rollouts(requests, generations, samples, self._prompting.tokenizer)
         generated = time.perf_counter()
         result = on_first_rank(self._state, lambda: self._reward_runner.score(unrewarded))
         rollouts = [rollout.with_reward(reward) for rollout, reward in zip(unrewarded, result.rewards, strict=True)]
         seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
         return RolloutBatch(rollouts, result.timeouts, seconds)
 
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        self._generator.update_weights(model, version)
+
     def close(self) -> None:
-        self._close_engine()
+        self._generator.close()
         if self._rewards is not None:
             self._rewards.close()
 
     @property
     def _reward_runner(self) -> RewardRunner:
-        assert self._rewards is not None, "asked for on the first rank alone"
+        assert self._rewards is not None, "only the first rank has the reward workers"
         return self._rewards
-
-
-class EmbeddedGeneration(PromptedSource):
-    """An engine in every process, each answering its share.
-
-    A response depends on (seed, step, prompt, sample) alone, so the shares change nothing.
-    """
-
-    def __init__(self, engine: RolloutEngine, *others: Any) -> None:
-        self._engine = engine
-        super().__init__(*others)
-
-    def update_weights(self, model: TrainedModel, version: str) -> None:
-        self._engine.update_weights(model, version)
-
-    def _responses(self, requests: list[GenerationRequest]) -> list[Generation]:
-        return generate_shared(self._engine, requests, self._params, self._state)
-
-    def _close_engine(self) -> None:
-        self._engine.close()
-
-
-class ServedGeneration(PromptedSource):
-    """Servers, which the first rank alone talks to; the others wait for it, and take part when it needs the weights."""
-
-    def __init__(self, engine: RolloutEngine | None, *others: Any) -> None:
-        self._engine = engine
-        self._model: LedModel | None = None
-        super().__init__(*others)
-
-    def update_weights(self, model: TrainedModel, version: str) -> None:
-        led = self._model = LedModel(model, self._state)
-        led.run(lambda: self._first_ranks_engine.update_weights(led, version))
-
-    def _responses(self, requests: list[GenerationRequest]) -> list[Generation]:
-        assert self._model is not None, "weights are handed over before anything is generated"
-        return self._model.run(lambda: self._generate(requests))
-
-    def _generate(self, requests: list[GenerationRequest]) -> list[Generation]:
-        with tqdm(total=len(requests), desc="generate", unit=" resp", leave=False, disable=None) as bar:
-            return self._first_ranks_engine.generate(requests, self._params, bar.update)
-
-    def _close_engine(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-
-    @property
-    def _first_ranks_engine(self) -> RolloutEngine:
-        assert self._engine is not None, "asked for on the first rank alone"
-        return self._engine
 
 
 class FirstStepKept:
@@ -199,13 +202,19 @@ def generate_shared(
     engine: RolloutEngine, requests: Sequence[GenerationRequest], params: SamplingParams, state: Processes
 ) -> list[Generation]:
     """All responses, in the order of the requests, on every rank; each rank generates every world_size-th."""
-    mine = list(requests[state.rank :: state.world_size])
-    # The first rank's share stands for all; no bar where there is no terminal.
-    with tqdm(total=len(mine), desc="generate", unit=" resp", leave=False, disable=state.rank > 0 or None) as bar:
-        generated = engine.generate(mine, params, bar.update)
+    # The first rank's bar stands for all.
+    generated = generate_with_bar(engine, requests[state.rank :: state.world_size], params, hide=state.rank > 0)
     shares: list[list[Generation]] = [[]] * state.world_size
     dist.all_gather_object(shares, generated, group=state.host_group)
     return [shares[index % state.world_size][index // state.world_size] for index in range(len(requests))]
+
+
+def generate_with_bar(
+    engine: RolloutEngine, requests: Sequence[GenerationRequest], params: SamplingParams, *, hide: bool = False
+) -> list[Generation]:
+    """The engine's responses, with a progress bar where there is a terminal."""
+    with tqdm(total=len(requests), desc="generate", unit=" resp", leave=False, disable=hide or None) as bar:
+        return engine.generate(list(requests), params, bar.update)
 
 
 def to_rollouts(

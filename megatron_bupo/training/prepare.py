@@ -10,12 +10,12 @@ from megatron_bupo.architectures.architecture import Architecture, check_layout
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config import launch
 from megatron_bupo.config.train import TrainConfig
-from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts
+from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
-from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rl.builtin import load_estimator, load_loss
 from megatron_bupo.rl.schedule import PolicySchedule
+from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.rollout.start import check_source
 from megatron_bupo.training.auto_layer import choice_so_far, layer_of_run
 from megatron_bupo.training.run_record import changed_flags, fingerprint
@@ -28,7 +28,7 @@ class PreparedRun:
     """A run that can start.
 
     Attributes:
-        prompts: None for a replay.
+        prompting: None for a replay.
         schedule: phases that were ended early are shortened; layer 1 stands in for a layer that is not chosen yet.
         identity: what a resume compares; its phases are those of the flags.
         flow: the measurement from which --internal-layer auto chose the layer, once it has.
@@ -38,7 +38,7 @@ class PreparedRun:
     config: TrainConfig
     arch: Architecture
     weights: HFWeights
-    prompts: PromptSet | None
+    prompting: Prompting | None
     schedule: PolicySchedule
     identity: RunIdentity
     start: Start
@@ -77,36 +77,33 @@ def prepare(config: TrainConfig) -> PreparedRun:
     # A file of the user's that fails when it is run fails now, and not on some rank later.
     load_loss(config.algorithm.loss, config.algorithm.losses)
     load_estimator(config.algorithm.advantage_estimator)
-    prompts = _read_prompts(config, arch)
+    prompting = _read_prompts(config, arch)
     check_source(config)
-    identity = _identity(config, schedule, prompts)
+    identity = _identity(config, schedule, prompting.prompts if prompting is not None else None)
     start = _find_start(config, identity)
     for step in start.ended:
         schedule = schedule.ended_before(step)
     flow = choice_so_far(config, layer)
-    return PreparedRun(config, arch, weights, prompts, schedule, identity, start, flow, layer_is_open)
+    return PreparedRun(config, arch, weights, prompting, schedule, identity, start, flow, layer_is_open)
 
 
-def _read_prompts(config: TrainConfig, arch: Architecture) -> PromptSet | None:
-    """The prompts, or None for a replay, whose files are checked to the last line."""
+def _read_prompts(config: TrainConfig, arch: Architecture) -> Prompting | None:
+    """The prompts with their tokenizer, or None for a replay, whose files are checked to the last line."""
     rollout, longest = config.rollout, config.data.rollout_max_prompt_len
     if rollout.load_rollouts is not None:
         num_responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
         check_replay(rollout.load_rollouts, config.schedule.train_iters, num_responses, arch.vocab_size)
         return None
-    assert config.data.prompt_data is not None
-    tokenizer = load_tokenizer(config.model.hf_model)
-    is_first = launch.rank() == 0
-    prompts = load_prompts(config.data.prompt_data, tokenizer, longest, show_progress=is_first)
-    if prompts.num_dropped and is_first:
+    prompting = Prompting.read(config, arch)
+    prompts = prompting.prompts
+    if prompts.num_dropped and launch.rank() == 0:
         print(f"prompts: {len(prompts)} kept, {prompts.num_dropped} dropped (over {longest} tokens)")
     if rollout.rollout_batch_size > len(prompts):
         raise UsageError(
             f"--rollout-batch-size {rollout.rollout_batch_size}: the data have {len(prompts)} prompts of at most "
             f"{longest} tokens; lower it or give more data"
         )
-    check_positions(prompts, rollout.rollout_max_response_len, arch.max_position_embeddings)
-    return prompts
+    return prompting
 
 
 def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet | None) -> RunIdentity:

@@ -14,6 +14,7 @@ from megatron_bupo.rollout.engine import Generation, GenerationRequest, Sampling
 from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
 from megatron_bupo.rollout.sglang.engine import SGLangEngine
 from megatron_bupo.rollout.sglang.requests import sampling_seeds
+from megatron_bupo.rollout.sglang.scheduling import Limits
 from megatron_bupo.rollout.sglang.servers import ServersError
 from megatron_bupo.rollout.sglang.weight_sync.calls import SyncError
 from megatron_bupo.rollout.sglang.worker import Endpoint, Worker
@@ -54,14 +55,8 @@ class StandIns:
     def engine(
         self, *, concurrency: int = 4, attempts: int = 3, health_timeout_s: float = 2.0, request_timeout_s: float = 30.0
     ) -> SGLangEngine:
-        engine = SGLangEngine(
-            cast(Any, self),
-            cast(Any, self),
-            concurrency=concurrency,
-            request_timeout_s=request_timeout_s,
-            health_timeout_s=health_timeout_s,
-            attempts=attempts,
-        )
+        limits = Limits(concurrency, attempts, request_timeout_s, health_timeout_s)
+        engine = SGLangEngine(cast(Any, self), cast(Any, self), limits)
         self.engines.append(engine)
         return engine
 

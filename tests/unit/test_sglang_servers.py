@@ -18,8 +18,14 @@ import pytest
 
 from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.sglang.process import check_server_args, free_port, server_environment
+from megatron_bupo.rollout.sglang.process import (
+    API_KEY_VARIABLE,
+    check_server_args,
+    free_port,
+    server_environment,
+)
 from megatron_bupo.rollout.sglang.servers import Servers, ServersError
+from megatron_bupo.rollout.sglang.start import check_servers
 from tests.unit.test_server_supervisor import HANG_S, alive, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="servers are launched on Linux only")
@@ -86,13 +92,16 @@ OTHERS: set[psutil.Process] = set()
 
 
 @pytest.fixture
-def start(config: SGLangConfig, tmp_path: Path) -> Iterator[Start]:
-    """Start servers with more flags; `stub` says what goes wrong. They are ended with the test."""
+def start(config: SGLangConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Check flags and start servers, as `train` does; `stub` says what goes wrong. They are ended with the test."""
     started = []
 
     def start_servers(stub: str = "", key: str | None = None, **changes: Any) -> Servers:
         flags = f"--stub {stub} --marker {tmp_path / 'marker'}" if stub else ""
         changed = dataclasses.replace(config, **({"sglang_args": flags} | changes))
+        with monkeypatch.context() as environment:
+            environment.setenv(API_KEY_VARIABLE, key or "")
+            check_servers(changed)
         started.append(Servers.start(changed, "some/model", "fp32", 5, tmp_path / "logs", key))
         return started[-1]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ import torch
 from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.sglang.process import check_launch
-from megatron_bupo.rollout.sglang.start import check_room, sync_method
+from megatron_bupo.rollout.sglang.startup import ServerInfo
+from megatron_bupo.rollout.sglang.weight_sync.disk import sync_folder
+from megatron_bupo.rollout.sglang.weight_sync.sync import sync_method
 
 
 @pytest.mark.parametrize(
@@ -29,13 +30,23 @@ def test_weight_sync_auto(flag: str, servers: set[str], trainer: str, expected: 
     assert sync_method(flag, servers, trainer) == expected
 
 
+def test_the_folder_of_the_weights_is_the_runs_own_and_found_again(tmp_path: Path) -> None:
+    save, shared = str(tmp_path / "run"), str(tmp_path / "shared")
+    assert sync_folder(None, save) == tmp_path / "run" / "sglang" / "weights"
+    assert sync_folder(None, None) is None
+    mine = sync_folder(shared, save)
+    assert mine == sync_folder(shared, f"{tmp_path}/./run") and mine is not None and str(mine.parent) == shared
+    assert len({mine, sync_folder(shared, save + "2"), sync_folder(shared, None), sync_folder(shared, None)}) == 4
+
+
 def test_a_response_that_a_server_would_cut_is_refused_at_the_start() -> None:
     """As sglang 0.5.23 counts: of 512 positions it takes prompts of 506 tokens, and prompt and response of 510."""
-    worker: Any = SimpleNamespace(name="http://h:1", info=SimpleNamespace(max_input_tokens=506))
-    silent: Any = SimpleNamespace(name="http://h:2", info=SimpleNamespace(max_input_tokens=None))
-    check_room([worker, silent], longest_prompt=10, response_len=500)
+    info = ServerInfo("0.5.23", 1, "cpu", "default", max_input_tokens=506, is_deterministic=False)
+    silent = dataclasses.replace(info, max_input_tokens=None)
+    info.check_room("http://h:1", longest_prompt=10, response_len=500)
+    silent.check_room("http://h:2", longest_prompt=10, response_len=501)
     with pytest.raises(UsageError, match=r"http://h:1: has room for 510 tokens, but the longest prompt has 10 and a"):
-        check_room([worker], longest_prompt=10, response_len=501)
+        info.check_room("http://h:1", longest_prompt=10, response_len=501)
 
 
 def test_servers_on_gpus_are_told_which(monkeypatch: pytest.MonkeyPatch) -> None:

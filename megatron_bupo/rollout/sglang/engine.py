@@ -46,29 +46,12 @@ STOP_S = 15.0
 
 
 class SGLangEngine(RolloutEngine):
-    """Generates with the full policy on SGLang servers. It owns `servers` and `sync`, and closes them.
+    """Generates with the full policy on SGLang servers. It owns `servers` and `sync`, and closes them."""
 
-    Args:
-        concurrency: requests that each server has at once.
-        request_timeout_s: seconds that one response may take.
-        health_timeout_s: seconds without an answer until a server counts as hung.
-        attempts: how often one response is asked for. What a server takes down with it costs none.
-    """
-
-    def __init__(
-        self,
-        servers: Servers,
-        sync: WeightSync,
-        *,
-        concurrency: int,
-        request_timeout_s: float,
-        health_timeout_s: float,
-        attempts: int,
-    ) -> None:
+    def __init__(self, servers: Servers, sync: WeightSync, limits: Limits) -> None:
         self._servers, self._sync = servers, sync
-        concurrency = _within_open_files(concurrency, len(servers.workers))
-        self._limits = Limits(concurrency, attempts, request_timeout_s, health_timeout_s)
-        self._recovery = Recovery(servers, health_timeout_s)
+        self._limits = replace(limits, concurrency=_within_open_files(limits.concurrency, len(servers.workers)))
+        self._recovery = Recovery(servers, limits.health_timeout_s)
         # Another run may have left weights of the same step on these servers: what they hold is named by both.
         self._token = secrets.token_hex(4)
         self._version = ""

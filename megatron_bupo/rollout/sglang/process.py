@@ -111,20 +111,13 @@ class ServerProcess:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What the launched servers of a run have in common.
-
-    Raises:
-        UsageError: what the flags ask for cannot be launched here.
-    """
+    """Launches the servers of a run, with flags that `check_launch` has passed."""
 
     config: SGLangConfig
     hf_model: str
     dtype: str
     seed: int
     api_key: str | None
-
-    def __post_init__(self) -> None:
-        check_launch(self.config, self.api_key)
 
     def launch(self, index: int, num_starts: int, logs: Path) -> tuple[str, str, ServerProcess]:
         """Start server `index`, for the `num_starts`-th time of all; its log is server_INDEX.log in `logs`.

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a batch may do: `concurrency` requests at each server, `attempts` for each response, seconds."""
+    """What a batch may do.
+
+    Args:
+        concurrency: requests that each server has at once.
+        attempts: how often one response is asked for. A server that dies or hangs uses up no attempt of its requests.
+        request_timeout_s: seconds that one response may take.
+        health_timeout_s: seconds without an answer until a server counts as hung.
+    """
 
     concurrency: int
     attempts: int

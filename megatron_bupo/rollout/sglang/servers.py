@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import socket
 import tempfile
@@ -20,8 +19,8 @@ from tqdm import tqdm
 
 from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rollout.sglang.client import SGLangClient, http_library
-from megatron_bupo.rollout.sglang.process import API_KEY_VARIABLE, Launcher, ServerProcess, check_launch
+from megatron_bupo.rollout.sglang.client import SGLangClient
+from megatron_bupo.rollout.sglang.process import Launcher, ServerProcess
 from megatron_bupo.rollout.sglang.startup import POLL_S, NotReady, PortTaken, ServerInfo, Wait
 from megatron_bupo.rollout.sglang.worker import Endpoint, Worker
 
@@ -73,11 +72,8 @@ class Servers:
             api_key: sent to the servers, and asked for by launched ones.
 
         Raises:
-            UsageError: flags that do not go, a server that died or was not ready in time, or cannot serve this run.
-                Nothing that was launched is left then.
+            UsageError: a server died, was not ready in time, or cannot serve this run. Launched servers are ended.
         """
-        _check_key(api_key)
-        api_key = api_key or None
         launcher = Launcher(config, hf_model, DTYPES[dtype], seed, api_key) if config.sglang_launch else None
         servers = cls(config, DTYPES[dtype], api_key, launcher, logs)
         try:
@@ -230,20 +226,6 @@ class Servers:
                 client.close()
         if not self._keeps_logs:
             shutil.rmtree(self._logs, ignore_errors=True)
-
-
-def check_servers(config: SGLangConfig, api_key: str | None) -> None:
-    """Raise UsageError for what can be seen to be wrong before anything is started."""
-    http_library()
-    _check_key(api_key)
-    if config.sglang_launch:
-        check_launch(config, api_key or None)
-
-
-def _check_key(api_key: str | None) -> None:
-    """Raise UsageError for a key that could not be sent, or be told from other text in a log."""
-    if api_key and not re.fullmatch(r"[A-Za-z0-9._~+/][A-Za-z0-9._~+/=-]*", api_key):
-        raise UsageError(f"{API_KEY_VARIABLE}: give letters, digits and ._~+/=- only, with none of =- at the beginning")
 
 
 def _check_distinct(urls: Sequence[str]) -> None:

@@ -61,6 +61,22 @@ class ServerInfo:
             is_deterministic=bool(args.get("enable_deterministic_inference")),
         )
 
+    def check_room(self, name: str, longest_prompt: int, response_len: int) -> None:
+        """Raise UsageError if the server would cut a response to the longest prompt short: it would show hours later.
+
+        Args:
+            name: of the server, for the message.
+            longest_prompt, response_len: numbers of tokens.
+        """
+        # sglang takes prompts 5 tokens shorter than a whole sequence may be, and ends a response one token before that.
+        room = self.max_input_tokens
+        if room is not None and longest_prompt + response_len > room + 4:
+            raise UsageError(
+                f"{name}: has room for {room + 4} tokens, but the longest prompt has {longest_prompt} and a response "
+                f"up to {response_len} (--rollout-max-response-len); ask for shorter ones, or give the server more "
+                "(--context-length, --max-total-tokens, --mem-fraction-static)"
+            )
+
 
 @dataclass(frozen=True)
 class Wait:

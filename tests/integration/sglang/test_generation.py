@@ -15,6 +15,7 @@ from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import Generation, GenerationRequest, SamplingParams, make_requests
 from megatron_bupo.rollout.sampling import keep_nucleus
 from megatron_bupo.rollout.sglang.engine import SGLangEngine
+from megatron_bupo.rollout.sglang.scheduling import Limits
 from megatron_bupo.rollout.sglang.servers import Servers
 from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
 from megatron_bupo.samples import Prompt
@@ -63,9 +64,8 @@ def make_engine(servers: Servers, folder: Path, *, health_timeout_s: float = 60.
         vocab_size=VOCAB_SIZE,
         tied=True,
     )
-    return SGLangEngine(
-        servers, sync, concurrency=32, request_timeout_s=300.0, health_timeout_s=health_timeout_s, attempts=3
-    )
+    limits = Limits(concurrency=32, attempts=3, request_timeout_s=300.0, health_timeout_s=health_timeout_s)
+    return SGLangEngine(servers, sync, limits)
 
 
 def make_prompts(count: int) -> list[Prompt]:

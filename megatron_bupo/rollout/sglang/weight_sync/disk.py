@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -53,6 +56,18 @@ class FolderOnDisk:
         if self._newest is not None:
             shutil.rmtree(self._own)
         self._newest = None
+
+
+def sync_folder(weight_sync_dir: str | None, save: str | None) -> Path | None:
+    """The folder of one run for its weights: below --weight-sync-dir, else below --save; None without both.
+
+    Other runs may use --weight-sync-dir too. With --save the name is the same at each start of a run, so that the run
+    removes what it left there when it was killed.
+    """
+    if weight_sync_dir is None:
+        return Path(save) / "sglang" / "weights" if save else None
+    name = hashlib.blake2b(os.path.realpath(save).encode(), digest_size=6).hexdigest() if save else uuid.uuid4()
+    return Path(weight_sync_dir) / f"weights-{name}"
 
 
 def _chain(first: tuple[str, Tensor], rest: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

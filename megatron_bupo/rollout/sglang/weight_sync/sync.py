@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.engine import TrainedModel
 from megatron_bupo.rollout.sglang.client import ServerError
 from megatron_bupo.rollout.sglang.weight_sync.calls import SHORT_S, Attempt, ask, is_answered
@@ -62,9 +61,6 @@ class WeightSync:
         hf_model: whose config and tokenizer go with the files.
         vocab_size: without padding, for the fixed prompt.
         tied: whether the unembedding is the embedding, and the servers have no tensor for it.
-
-    Raises:
-        UsageError: disk without a folder.
     """
 
     def __init__(
@@ -80,8 +76,7 @@ class WeightSync:
     ) -> None:
         self._method: _Method
         if method == "disk":
-            if folder is None:
-                raise UsageError("--weight-sync disk: give --weight-sync-dir, or --save; the servers must see it too")
+            assert folder is not None, "disk needs a folder"
             self._method = FolderOnDisk(folder, hf_model, bucket_bytes)
         elif method == "distributed":
             self._method = Broadcasts(bucket_bytes)
@@ -176,6 +171,14 @@ class WeightSync:
             is_answered(worker, "/continue_generation", {}, patience)
 
         attempt.on_all("tidying up", tidy)
+
+
+def sync_method(flag: str, server_devices: set[str], trainer_device: str) -> str:
+    """The method that --weight-sync means, for servers and a trainer on "cpu" or "cuda"."""
+    if flag != "auto":
+        return flag
+    # gloo and NCCL need one kind of device on both sides; messages work everywhere, but take much longer.
+    return "distributed" if server_devices == {trainer_device} else "tensor"
 
 
 def _watched(
