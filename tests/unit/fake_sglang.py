@@ -50,13 +50,14 @@ def fail_first(
     times: int, fault: str, *, chosen: Callable[[Body], bool] = lambda body: True
 ) -> Callable[[Body], str | None]:
     """A fault for the first so many of the chosen requests."""
-    left = [None] * times
+    left, lock = [None] * times, threading.Lock()
 
     def draw(body: Body) -> str | None:
-        if not left or not chosen(body):
-            return None
-        left.pop()
-        return fault
+        with lock:
+            if not left or not chosen(body):
+                return None
+            left.pop()
+            return fault
 
     return draw
 
@@ -67,6 +68,7 @@ class FakeServer:
     version: of the weights that it says it holds.
     fault: asked with the body of each /generate: a word of FAULTS, or None.
     delay_s: of each /generate.
+    may_answer: each /generate waits until this is true.
     is_frozen: nothing is answered any more, as after SIGSTOP.
     is_ill: /health says 503, all else works.
     refusal: (status, message) for every /generate.
@@ -78,6 +80,7 @@ class FakeServer:
         self.version = DEFAULT_VERSION
         self.fault: Callable[[Body], str | None] = lambda body: None
         self.delay_s = 0.0
+        self.may_answer: Callable[[], object] = lambda: True
         self.is_frozen = False
         self.is_ill = False
         self.refusal: tuple[int, str] | None = None
@@ -87,6 +90,10 @@ class FakeServer:
         self._at_once = 0
         self._lock = threading.Lock()
         self._start()
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._connections)
 
     @property
     def url(self) -> str:
@@ -131,6 +138,8 @@ class FakeServer:
             return self.refusal[0], json.dumps({"error": {"message": self.refusal[1]}}).encode()
         version, fault = self.version, self.fault(body)
         gone.wait(self.delay_s)
+        while not self.may_answer() and not gone.is_set():
+            time.sleep(0.01)
         answer = good_answer(body, version)
         if fault == "500":
             return 500, b"Internal Server Error"
@@ -174,6 +183,10 @@ def _handler(fake: FakeServer, gone: threading.Event, connections: set[socket.so
         def setup(self) -> None:
             super().setup()
             connections.add(self.connection)
+
+        def finish(self) -> None:
+            connections.discard(self.connection)
+            super().finish()
 
         def do_GET(self) -> None:
             self._serve(None)

@@ -23,6 +23,7 @@ from tests.unit.fake_sglang import HALF, FakeServer
 
 MODEL = cast(Any, object())  # the stand-in only hands it on
 OWNED = cast(Any, SimpleNamespace(exit_status=lambda: None))  # the process of a server that the run launched
+HANG_S = 900  # no test takes that long, whatever else the machine does: it hangs
 PARAMS = SamplingParams(0.7, 0.9, 5, (), seed=3)
 
 
@@ -53,7 +54,12 @@ class StandIns:
         self.engines: list[SGLangEngine] = []
 
     def engine(
-        self, *, concurrency: int = 4, attempts: int = 3, health_timeout_s: float = 2.0, request_timeout_s: float = 30.0
+        self,
+        *,
+        concurrency: int = 4,
+        attempts: int = 3,
+        health_timeout_s: float = 30.0,
+        request_timeout_s: float = HANG_S,
     ) -> SGLangEngine:
         limits = Limits(concurrency, attempts, request_timeout_s, health_timeout_s)
         engine = SGLangEngine(cast(Any, self), cast(Any, self), limits)
@@ -90,7 +96,7 @@ class StandIns:
             worker.version = None
         for worker in workers:
             try:
-                worker.client.get("/weights", timeout_s=0.5)
+                worker.client.get("/weights", timeout_s=10.0)
             except ServerError as error:
                 raise SyncError(worker, str(error)) from error
             if self.broken_pushes or worker in self.refuses_pushes:
@@ -107,7 +113,7 @@ class StandIns:
 
 @contextlib.contextmanager
 def made_stand_ins() -> Iterator[Callable[[int], StandIns]]:
-    """Makes so many fake servers; they end with the test, which may take a minute."""
+    """Makes so many fake servers; they end with the test, which fails if it hangs."""
     made: list[StandIns] = []
 
     def build(count: int) -> StandIns:
@@ -118,7 +124,7 @@ def made_stand_ins() -> Iterator[Callable[[int], StandIns]]:
         raise TimeoutError("the batch does not end")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
+    signal.alarm(HANG_S)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     engine = stand_ins.engine(attempts=50)
     engine.update_weights(MODEL, "1")
     stand_ins.fakes[0].fault = fail_first(1000, "abort")
-    stand_ins.fakes[1].delay_s = 0.02
+    stand_ins.fakes[1].may_answer = lambda: ("recover", [0]) in stand_ins.events
     requests = some_requests(10, samples=8)
     stand_ins.unrevivable = {stand_ins.workers[0]}
     with pytest.warns(UserWarning, match="left out: .*gone for good.*failed 3 times in a row.* aborted"):
@@ -41,7 +40,8 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     assert stand_ins.events[-1] == ("push", [0, 1])
     engine.generate(requests, PARAMS)
     assert len(stand_ins.fakes[0].requests) > before
-    stand_ins.unrevivable, stand_ins.fakes[1].delay_s = set(), 0.1
+    stand_ins.unrevivable = set()
+    stand_ins.fakes[1].may_answer = lambda: stand_ins.events[-1] == ("push", [0])
     stand_ins.fakes[0].kill()
     engine.generate(requests, PARAMS)
     assert stand_ins.events[-2:] == [("recover", [0]), ("push", [0])]
@@ -75,12 +75,12 @@ def test_a_failed_server_delays_no_other_and_gets_the_weights_when_it_is_back(ma
     check_answers(requests, engine.generate(requests, PARAMS), version="2")
     assert stand_ins.events[2:] == [("push", [1])]
     # It is being recovered when a batch begins, and comes back in its middle.
-    stand_ins.fakes[1].delay_s, before = 0.2, len(stand_ins.fakes[0].requests)
+    before = len(stand_ins.fakes[0].requests)
+    stand_ins.fakes[1].fault = lambda body: stand_ins.may_recover.set()
+    stand_ins.fakes[1].may_answer = lambda: len(stand_ins.fakes[0].requests) > before
     requests = some_requests(10)
-    threading.Timer(0.2, stand_ins.may_recover.set).start()
     check_answers(requests, engine.generate(requests, PARAMS), version="2")
     assert stand_ins.events[3:] == [("push", [0])]
-    assert len(stand_ins.fakes[0].requests) > before
     # An update finds another one dead, and does not wait for it either.
     stand_ins.may_recover.clear()
     stand_ins.fakes[1].kill()
@@ -101,14 +101,16 @@ def test_no_weights_are_sent_for_a_batch_that_has_ended(make: Callable[[int], St
     stand_ins = make(2)
     engine = stand_ins.engine()
     engine.update_weights(MODEL, "1")
-    stand_ins.fakes[0].kill()
-    stand_ins.fakes[1].delay_s = 0.1
-    requests, held_up = some_requests(2), threading.Event()
+    first, second = stand_ins.fakes
+    first.kill()
+    # What the dead server was asked for is answered when that server is back and wants its weights.
+    second.delay_s = 0.1
+    second.may_answer = lambda: len(second.requests) <= 4 or ("recover", [0]) in stand_ins.events
+    requests, before = some_requests(2), second.num_connections
 
     def hold_up(number: int) -> None:
-        if not held_up.is_set():
-            held_up.set()
-            time.sleep(2)  # meanwhile all is answered, and the dead server is back and wants its weights
+        while second.num_connections > before:  # the batch closes its connections at its end
+            time.sleep(0.01)
 
     check_answers(requests, engine.generate(requests, PARAMS, hold_up))
     assert stand_ins.events == [("push", [0, 1]), ("recover", [0])]
@@ -135,7 +137,7 @@ def test_an_update_is_whole_or_an_error(make: Callable[[int], StandIns]) -> None
 
 def test_the_only_server_is_waited_for(make: Callable[[int], StandIns]) -> None:
     stand_ins = make(1)
-    engine = stand_ins.engine()
+    engine = stand_ins.engine(health_timeout_s=2.0)
     stand_ins.fakes[0].kill()
     engine.update_weights(MODEL, "2")
     assert stand_ins.events == [("recover", [0]), ("push", [0])]
@@ -194,7 +196,7 @@ def test_behind_a_router_only_requests_go_to_it(make: Callable[[int], StandIns])
     router = _behind_a_router(stand_ins)
     engine = stand_ins.engine(concurrency=3)
     engine.update_weights(MODEL, "1")
-    router.version, router.delay_s = stand_ins.fakes[1].version, 0.05
+    router.version, router.may_answer = stand_ins.fakes[1].version, lambda: router.most_at_once == 6
     requests = some_requests(6)
     router.fault = fail_first(1, "cut", chosen=lambda body: stand_ins.fakes[2].kill() is None)
     check_answers(requests, engine.generate(requests, PARAMS))
@@ -207,14 +209,14 @@ def test_a_router_that_is_down_is_not_blamed_on_its_servers(make: Callable[[int]
     router = _behind_a_router(stand_ins)
     engine = stand_ins.engine(attempts=1)
     engine.update_weights(MODEL, "1")
-    router.version, router.delay_s = stand_ins.fakes[1].version, 0.1
+    router.version = stand_ins.fakes[1].version
     requests = some_requests(6)
-    threading.Timer(0.15, router.kill).start()
+    router.fault = fail_first(1, "cut", chosen=lambda body: len(router.requests) >= 3 and router.kill() is None)
     with pytest.warns(UserWarning, match="router .* answers again: it had failed: .*/health: Connect"):
         check_answers(requests, engine.generate(requests, PARAMS))
     assert stand_ins.events == [("push", [1, 2]), ("router", [])]
     # One that says itself that something is wrong is there: its servers are looked at.
-    router.is_ill, router.delay_s = True, 0.0
+    router.is_ill = True
     router.fault = fail_first(1, "cut", chosen=lambda body: stand_ins.fakes[2].kill() is None)
     check_answers(requests, engine.generate(requests, PARAMS))
     assert stand_ins.events[2:] == [("recover", [2]), ("push", [2])]

@@ -37,7 +37,7 @@ def in_stream_order(family: str, tied: bool, folder: Path) -> dict[str, Tensor]:
 def sync_of(method: Any = "tensor", *, tied: bool = True, size: int = 4000, folder: Path | None = None) -> WeightSync:
     hf_model = "" if folder is None else str(folder.parent)
     return WeightSync(
-        method, bucket_bytes=size, timeout_s=5.0, folder=folder, hf_model=hf_model, vocab_size=VOCAB, tied=tied
+        method, bucket_bytes=size, timeout_s=60.0, folder=folder, hf_model=hf_model, vocab_size=VOCAB, tied=tied
     )
 
 

