@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import symtable
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from megatron_bupo.errors import UsageError
@@ -50,35 +52,41 @@ class UserFunction(NamedTuple):
         return cls(str(Path(file).resolve()), name)
 
     def load(self) -> Callable[..., Any]:
-        """Run the file and return its function, once in this process. The folder of the file is importable for it.
+        """Run the file, once in this process, and return its function. The folder of the file is importable for it.
 
         Raises:
             UsageError: running the file fails, or the name is no function.
         """
-        return _load(self)
+        loaded = getattr(_module(self.path), self.name, None)
+        if not callable(loaded):
+            raise UsageError(f"{self.name} in {self.path} is not a function")
+        return loaded  # type: ignore[no-any-return]
 
-    def __str__(self) -> str:
-        return f"{self.path}:{self.name}"
+    def fingerprint(self) -> str:
+        """`mine.py:score (sha256 0123456789abcdef)`: the same wherever the file lies, another once it is changed."""
+        digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+        return f"{Path(self.path).name}:{self.name} (sha256 {digest[:16]})"
 
 
 @functools.cache
-def _load(function: UserFunction) -> Callable[..., Any]:
-    folder = str(Path(function.path).parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    name = f"megatron_bupo_user_{Path(function.path).stem}"
-    spec = importlib.util.spec_from_file_location(name, function.path)
-    assert spec is not None and spec.loader is not None, function.path
+def _module(path: str) -> ModuleType:
+    name = f"megatron_bupo_user_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    folder = str(Path(path).parent)
+    # First while the file runs, then last: a checkout of Megatron beside it must not replace the installed one later.
+    sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"running the file {function.path} failed ({one_line(error)})") from error
-    loaded: Any = getattr(module, function.name, None)
-    if not callable(loaded):
-        raise UsageError(f"{function.name} in {function.path} is not a function")
-    return loaded  # type: ignore[no-any-return]
+        raise UsageError(f"running the file {path} failed ({one_line(error)})") from error
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+    return module
 
 
 def one_line(error: BaseException | str) -> str:

@@ -184,7 +184,7 @@ class RunConfig(Group):
     save_interval: int | None = flag("steps between checkpoints; also after the last step", None, low=1)
     keep: int | None = flag("how many checkpoints are kept, the newest ones (default: all)", None, low=1)
     load: str | None = flag("folder of a run to continue, or a converted checkpoint", None, metavar="DIR")
-    allow_changed_run: bool = flag("continue under --load although data, model, schedule or seed changed", False)
+    allow_changed_run: bool = flag("continue under --load although data, model, schedule, seed or loss changed", False)
     tensorboard_dir: str | None = flag("folder of TensorBoard's files (default: under --save)", None, metavar="DIR")
     seed: int = flag("seed of the order of prompts and of the sampling", 1234, low=0, below=2**32)
     dry_run: bool = flag("print what the run would do, with its memory and files, and exit", False)

@@ -44,12 +44,18 @@ class AdvantageInputs:
         return result
 
 
+Estimator = Callable[[AdvantageInputs], "Tensor"]
+"""Advantages [N] of the responses, finite numbers."""
+
+
 def unless_equal(rewards: Tensor, advantages: Callable[[Tensor], Tensor]) -> Tensor:
     """`advantages(rewards)`; exactly 0 where all rewards are equal, whatever the rounding of their mean."""
-    return rewards * 0 if bool((rewards == rewards[0]).all()) else advantages(rewards)
+    import torch
+
+    return torch.zeros_like(rewards) if bool((rewards == rewards[0]).all()) else advantages(rewards)
 
 
-def compute_advantages(estimator: Callable[[AdvantageInputs], Any], name: str, rollouts: Sequence[Rollout]) -> Tensor:
+def compute_advantages(estimator: Estimator, name: str, rollouts: Sequence[Rollout]) -> Tensor:
     """Advantages fp32 [N] of the responses, which have rewards.
 
     Args:
@@ -57,18 +63,18 @@ def compute_advantages(estimator: Callable[[AdvantageInputs], Any], name: str, r
         name: as --advantage-estimator has it, for the errors.
 
     Raises:
-        UsageError: a reward that is no finite number; an estimator that returns anything else than one finite number
-            for each response.
+        UsageError: an estimator that returns anything else than one finite number for each response.
     """
     import torch
 
-    rewards = torch.tensor([float("nan") if one.reward is None else one.reward for one in rollouts]).double()
-    if not bool(rewards.isfinite().all()):
-        record = int((~rewards.isfinite()).nonzero()[0])
-        raise UsageError(f"the reward of record {record + 1} is {rollouts[record].reward}; it must be a finite number")
-    found = estimator(AdvantageInputs(rewards, [one.group for one in rollouts], rollouts))
-    if not isinstance(found, torch.Tensor) or found.shape != rewards.shape or not bool(found.isfinite().all()):
+    given = [one.reward for one in rollouts if one.reward is not None]
+    assert len(given) == len(rollouts), "a replay is checked for rewards, and a reward function for finite numbers"
+    rewards = torch.tensor(given, dtype=torch.float64)
+    found: Any = estimator(AdvantageInputs(rewards, [one.group for one in rollouts], rollouts))
+    is_column = isinstance(found, torch.Tensor) and found.shape == rewards.shape
+    if not is_column or not bool(found.isfinite().all()):
         what = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+        what += f" with {found[~found.isfinite()][0]:g} in it" if is_column else ""
         raise UsageError(
             f"--advantage-estimator {name}: it returned {what}; it must be a tensor of {len(rewards)} finite numbers, "
             "one for each response"

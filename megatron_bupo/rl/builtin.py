@@ -8,13 +8,17 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group
 from megatron_bupo.user_code import UserFunction
+
+if TYPE_CHECKING:
+    from megatron_bupo.rl.advantage import Estimator
+    from megatron_bupo.rl.loss import Loss
 
 
 @functools.cache
@@ -61,8 +65,8 @@ else:
     )
 
 
-def load_loss(text: str, flags: LossFlags) -> Callable[[Any], Any]:
-    """The function LossInputs -> LossOutputs of --loss; a function of the user's has no flags.
+def load_loss(text: str, flags: LossFlags) -> Loss:
+    """What --loss says; a function of the user's has no flags.
 
     Raises:
         UsageError: a file of the user's that cannot be loaded.
@@ -70,12 +74,34 @@ def load_loss(text: str, flags: LossFlags) -> Callable[[Any], Any]:
     module = _modules("losses").get(text)
     if module is not None:
         return functools.partial(module.loss, flags=getattr(flags, _field(text)))
-    return UserFunction.parse("--loss", text, "inputs", loss_names()).load()
+    return _load_function("--loss", text, loss_names())  # type: ignore[no-any-return]
 
 
-def load_estimator(text: str) -> Callable[[Any], Any]:
-    """The function AdvantageInputs -> advantages of --advantage-estimator. Raises UsageError as `load_loss`."""
+def load_estimator(text: str) -> Estimator:
+    """What --advantage-estimator says. Raises UsageError as `load_loss`."""
     module = estimator(text)
     if module is not None:
         return module.advantages  # type: ignore[no-any-return]
-    return UserFunction.parse("--advantage-estimator", text, "inputs", estimator_names()).load()
+    return _load_function("--advantage-estimator", text, estimator_names())  # type: ignore[no-any-return]
+
+
+def loss_fingerprint(text: str) -> str:
+    """What --loss says, to tell whether it is the same in another start: a function with the hash of its file."""
+    return _fingerprint("--loss", text, loss_names())
+
+
+def estimator_fingerprint(text: str) -> str:
+    """What --advantage-estimator says, likewise."""
+    return _fingerprint("--advantage-estimator", text, estimator_names())
+
+
+def _fingerprint(flag: str, text: str, names: tuple[str, ...]) -> str:
+    return text if text in names else UserFunction.parse(flag, text, "inputs", names).fingerprint()
+
+
+def _load_function(flag: str, text: str, names: tuple[str, ...]) -> Any:
+    function = UserFunction.parse(flag, text, "inputs", names)
+    try:
+        return function.load()
+    except UsageError as error:
+        raise UsageError(f"{flag} {text}: {error}") from error

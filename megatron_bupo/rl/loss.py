@@ -7,6 +7,7 @@ How its tokens become one number (mean over tokens or responses), the KL term an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 class LossInputs:
     """The R response tokens of whole responses. Log-probs and entropy in nats; fp32 [R] unless said otherwise.
 
-    Where `mask` is False every column is 0: such a token was not written by the policy, and what the loss says there
-    does not count.
+    Where `response_mask` is False every column is 0: such a token was not written by the policy, and what the loss says
+    there does not count. R is at least 1: micro-batches of padding alone never reach a loss.
     """
 
     logprobs: Tensor  # of the trained policy now, with gradient
     entropy: Tensor  # of the trained policy now, with gradient
     old_logprobs: Tensor  # of the trained policy at the start of the step
     advantages: Tensor
-    mask: Tensor  # bool [R]
+    response_mask: Tensor  # bool [R], the trained tokens
     tokens: Tensor  # int64 [R] token ids
     segments: Tensor  # int64 [R] which response of the micro-batch a token belongs to
     num_responses: int
@@ -47,3 +48,6 @@ class LossOutputs:
 
     per_token: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+Loss = Callable[[LossInputs], LossOutputs]

@@ -51,7 +51,7 @@ def loss_inputs(batch: MicroBatch, output: PolicyOutput) -> LossInputs:
         entropy=output.entropy,
         old_logprobs=columns.old_logprobs,
         advantages=columns.advantages,
-        mask=batch.mask > 0,
+        response_mask=batch.mask > 0,
         tokens=batch.targets,
         segments=batch.segments,
         num_responses=len(batch.responses),
@@ -115,7 +115,7 @@ class Actor(ParallelModel):
 
         def loss_of(batch: MicroBatch, output: PolicyOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             sums = objective(loss_inputs(batch, output))
-            return sums.total, sums.count, {**sums.metrics, "loss": sums.total.detach(), "count": sums.count}
+            return sums.total, sums.count, sums.metrics
 
         collected = run_policy(
             self.chunks,
@@ -127,6 +127,7 @@ class Actor(ParallelModel):
             loss_function=loss_of,
         )
         sums = reduce_everywhere(self.state, collected)
+        objective.check_finite(sums.pop("num_bad"), sums["num_tokens"])
         if self.state.device.type == "cpu":
             give_freed_memory_back()
         # The count of this rank: Megatron sums it over the data-parallel ranks and divides the gradients by it.

@@ -89,15 +89,11 @@ def rollout_metrics(rollouts: Sequence[Rollout], timeouts: int, seconds: dict[st
     }
 
 
-def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, Any]:
-    """Loss and gradient norm of each optimizer step; what the loss reports, as means over the tokens of all of them."""
+def loss_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
+    """What the loss reports, as means over the trained tokens of all optimizer steps of a step."""
     tokens = max(sum(update.sums["num_tokens"] for update in updates), 1)
-    names = [name for name in updates[0].sums if name != "num_tokens"]
-    return {
-        "loss": [update.loss for update in updates],
-        "grad_norm": [update.grad_norm for update in updates],
-        **{name: sum(update.sums[name] for update in updates) / tokens for name in names},
-    }
+    names = {name: None for update in updates for name in update.sums if name != "num_tokens"}
+    return {name: sum(update.sums.get(name, 0.0) for update in updates) / tokens for name in names}
 
 
 def console_lines(metrics: dict[str, Any], num_steps: int, alarm_above: float) -> Iterator[str]:

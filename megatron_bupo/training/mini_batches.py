@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.packing import pack_for, split_mini_batches
 from megatron_bupo.parallel.setup import ParallelState
-from megatron_bupo.rl.advantage import compute_advantages
+from megatron_bupo.rl.advantage import Estimator, compute_advantages
 from megatron_bupo.samples import MicroBatch, Rollout
 
 
 def make_mini_batches(
-    rollouts: list[Rollout], estimator: Callable[[Any], Any], config: TrainConfig, state: ParallelState
+    rollouts: list[Rollout], estimator: Estimator, config: TrainConfig, state: ParallelState
 ) -> list[list[MicroBatch]]:
     """For each optimizer step this data-parallel rank's micro-batches, with advantages and the engine's log-probs.
 

@@ -13,7 +13,7 @@ from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rl.builtin import load_estimator, load_loss
+from megatron_bupo.rl.builtin import estimator_fingerprint, load_estimator, load_loss, loss_fingerprint
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.rollout.start import check_source
@@ -117,6 +117,8 @@ def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet 
         rollout_batch_size=config.rollout.rollout_batch_size,
         n_samples_per_prompt=config.rollout.n_samples_per_prompt,
         phases=schedule.names(),
+        loss=loss_fingerprint(config.algorithm.loss),
+        advantage_estimator=estimator_fingerprint(config.algorithm.advantage_estimator),
     )
 
 

@@ -21,12 +21,12 @@ SCHEMA = 1
 _LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify")
 _SAMPLED_BYTES = 1 << 20
 # What says where a run is kept, how long it is and on which machine it runs may change from start to start; what
-# RunIdentity compares (model, data, seed, schedule, sizes) is refused there.
+# RunIdentity compares (model, data, seed, schedule, sizes, loss, estimator) is refused there.
 _FREE_GROUPS = {"parallel", "sglang", "run"}
 _FREE = {
     "hf_model", "bf16", "train_iters", "internal_layer", "internal_steps", "internal_module", "policy_schedule",
-    "internal_policy_norm", "prompt_data", "rollout_batch_size", "n_samples_per_prompt", "save_rollouts",
-    "load_rollouts", "reward_workers", "rollout_micro_batch_size", "max_tokens_per_micro_batch",
+    "internal_policy_norm", "loss", "advantage_estimator", "prompt_data", "rollout_batch_size", "n_samples_per_prompt",
+    "save_rollouts", "load_rollouts", "reward_workers", "rollout_micro_batch_size", "max_tokens_per_micro_batch",
     "use_distributed_optimizer",
 }  # fmt: skip
 
@@ -50,6 +50,8 @@ def describe_run(
         "commit": _commit(),
         "model": identity.model,
         "data": identity.data or list(identity.replay),
+        "loss": identity.loss,
+        "advantage_estimator": identity.advantage_estimator,
         "changes": list(changes),
         **({"internal_layer": chosen_layer} if chosen_layer is not None else {}),
     }

@@ -17,6 +17,9 @@ from megatron_bupo.weights.checkpoint_tree import TRACKER, find_checkpoint
 RUN_STATE = "run_state.json"
 SCHEMA = 1
 ITERATION = re.compile(r"iter_(\d{7,})")
+_COMPARED = (
+    "model", "dtype", "data", "seed", "rollout_batch_size", "n_samples_per_prompt", "loss", "advantage_estimator"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class RunIdentity:
     """What must be the same when a run goes on.
 
     `model` and `data` are hashes, `replay` one hash for each step's file instead of `data`, `phases` the policy of each
-    step. Steps beyond the shorter of two runs may be added.
+    step. Steps beyond the shorter of two runs may be added. `loss` and `advantage_estimator` are built-in names, or the
+    user's function with a hash of its file; None in a run from before they were noted.
     """
 
     model: str
@@ -35,13 +39,15 @@ class RunIdentity:
     rollout_batch_size: int
     n_samples_per_prompt: int
     phases: tuple[str, ...]
+    loss: str | None = None
+    advantage_estimator: str | None = None
 
     def differences(self, saved: RunIdentity, step: int) -> list[str]:
         """What changed since `saved`, which took `step` steps, in words."""
         found = [
             f"{name}: {getattr(saved, name)} then, {getattr(self, name)} now"
-            for name in ("model", "dtype", "data", "seed", "rollout_batch_size", "n_samples_per_prompt")
-            if getattr(saved, name) != getattr(self, name)
+            for name in _COMPARED
+            if getattr(saved, name) not in (getattr(self, name), None)
         ]
         replayed = [index + 1 for index, pair in enumerate(zip(saved.replay, self.replay)) if pair[0] != pair[1]]  # noqa: B905
         if replayed or bool(saved.replay) != bool(self.replay):

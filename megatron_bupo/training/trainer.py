@@ -15,6 +15,7 @@ from megatron_bupo.model.scoring import ModelForEngine
 from megatron_bupo.parallel.reduce import reduce_everywhere
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.rl.builtin import load_estimator
+from megatron_bupo.rl.objective import taken_name
 from megatron_bupo.rl.schedule import learning_rate
 from megatron_bupo.rollout.source import RolloutSource
 from megatron_bupo.samples import MicroBatch, Rollout
@@ -23,10 +24,10 @@ from megatron_bupo.training.flow_log import measure_flow
 from megatron_bupo.training.metrics import (
     MAXIMA,
     full_policy_metrics,
+    loss_metrics,
     means,
     observe,
     rollout_metrics,
-    update_metrics,
 )
 from megatron_bupo.training.mini_batches import make_mini_batches
 from megatron_bupo.training.phase_monitor import PhaseMonitor
@@ -85,17 +86,22 @@ class Trainer:
         with self._timed("norms"):
             movement = self.actor.norms.movement(before)
         seconds = batch.seconds | self._seconds | {"step": time.perf_counter() - started}
-        return {
+        metrics = {
             "step": step,
             "phase": str(spec),
             **rollout_metrics(batch.rollouts, batch.reward_timeouts, seconds),
-            **update_metrics(updates),
+            "loss": [update.loss for update in updates],
+            "grad_norm": [update.grad_norm for update in updates],
             "lr": lr,
             "entropy": scored["entropy"],
             **watched,
             **(full_policy_metrics(scored) if spec.is_full else {}),
             **movement,
         }
+        reported = loss_metrics(updates)
+        if taken := metrics.keys() & reported.keys():
+            raise taken_name(self.objective.name, min(taken))
+        return metrics | reported
 
     def _score_old(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> dict[str, float]:
         """Give every micro-batch its old (and reference) log-probs; what was seen of the policy on the way."""

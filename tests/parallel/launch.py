@@ -35,22 +35,22 @@ HANG_S = 1800.0
 MOST_CHARACTERS = 6000
 
 
-def child_environment(on_gpu: bool = False) -> dict[str, str]:
+def child_environment(on_gpu: bool = False, project: Path = ROOT) -> dict[str, str]:
     """This process's environment for a Python of a test: it finds the project, whose folder need not be installed.
 
     What PYTHONPATH holds stays behind the project's folder: packages may be installed there.
     """
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(project), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
     return environment if on_gpu else environment | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def run_python(*command: object, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
+def run_python(*command: object, on_gpu: bool = False, project: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `python command` in the project's folder and return what it printed; without `on_gpu` on the CPU."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=child_environment(on_gpu),
+        cwd=project,
+        env=child_environment(on_gpu, project),
         capture_output=True,
         text=True,
         timeout=HANG_S,

@@ -20,7 +20,7 @@ ROOT_HALF = math.sqrt(0.5) + 1e-6
 ROOT_2_3 = math.sqrt(2.3) + 1e-6
 
 
-def advantages(rewards: list[float | None], groups: list[int], name: str) -> torch.Tensor:
+def advantages(rewards: list[float], groups: list[int], name: str) -> torch.Tensor:
     rollouts = [Rollout(group, [1], [2], reward=reward) for reward, group in zip(rewards, groups, strict=True)]
     return compute_advantages(load_estimator(name), name, rollouts)
 
@@ -39,6 +39,12 @@ def test_by_hand(estimator, expected):
     result = advantages(REWARDS, GROUPS, estimator)
     assert result.dtype == torch.float32
     assert result.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_arithmetic_is_in_float64():
+    # In fp32 the two rewards are one number.
+    values = [0.3, 0.3 + 1e-8]
+    assert advantages(values, [0, 0], "dr-grpo").tolist() == pytest.approx([-0.5e-8, 0.5e-8], rel=1e-6)
 
 
 @pytest.mark.parametrize("estimator", estimator_names())
@@ -63,19 +69,12 @@ def test_reinforce_needs_no_groups_but_two_responses():
     assert advantages([0.0, 2.0], [0, 1], "reinforce++").tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-5)
 
 
-def test_bad_rewards_are_refused():
-    with pytest.raises(UsageError, match="record 2 is nan"):
-        advantages([1.0, math.nan], [0, 0], "grpo")
-    with pytest.raises(UsageError, match="record 1 is None"):
-        advantages([None, 1.0], [0, 0], "grpo")
-
-
 @pytest.mark.parametrize(
     ("returned", "found"),
     [
         ([1.0, 2.0], "a list"),
         (torch.zeros(3), r"a tensor \[3\]"),
-        (torch.tensor([1.0, math.nan]), r"a tensor \[2\]"),
+        (torch.tensor([1.0, math.nan]), r"a tensor \[2\] with nan in it"),
     ],
 )
 def test_what_is_no_advantage_is_named(returned, found):

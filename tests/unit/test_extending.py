@@ -18,7 +18,7 @@ from megatron_bupo.rl.loss import LossInputs
 from megatron_bupo.rollout.engine import GenerationRequest, SamplingParams
 from megatron_bupo.samples import Prompt, Rollout
 from megatron_bupo.user_code import UserFunction
-from tests.unit.pages import code_blocks, write_block
+from tests.unit.pages import code_blocks, extended_project, write_block
 
 PAGE = "extending.md"
 
@@ -29,7 +29,7 @@ def load(name: str, function: str, folder: Path) -> Any:
 
 def test_the_page_has_the_examples_that_are_tested_here() -> None:
     assert {Path(name).name for name in code_blocks(PAGE)} == {
-        "mine_loss.py", "mine.py", "mine_estimator.py", "mine_reward.py", "mine_engine.py",
+        "mine_loss.py", "policy_gradient.py", "mine_estimator.py", "sign.py", "mine_reward.py", "mine_engine.py",
     }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_the_loss(tmp_path: Path) -> None:
         entropy=torch.zeros(3),
         old_logprobs=torch.tensor([-1.0, -2.0, -2.0]),
         advantages=torch.tensor([2.0, 2.0, 1.0]),
-        mask=torch.tensor([True, True, True]),
+        response_mask=torch.tensor([True, True, True]),
         tokens=torch.tensor([5, 6, 7]),
         segments=torch.tensor([0, 0, 1]),
         num_responses=2,
@@ -83,49 +83,48 @@ def test_the_engine(tmp_path: Path) -> None:
 
 BUILT_IN = """
 import contextlib, io, json, sys
-import megatron_bupo.rl.losses as losses
-losses.__path__.append(sys.argv[1])  # as if the file lay in the folder
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.errors import UsageError
 
-config = parse("train", json.loads(sys.argv[2]))
+words = json.loads(sys.argv[1])
+config = parse("train", words)
 refusal = None
 try:
-    parse("train", [*json.loads(sys.argv[2]), "--gradient-weight", "-1"])
+    parse("train", [*words, "--gradient-weight", "-1"])
 except UsageError as error:
     refusal = str(error)
-from megatron_bupo.rl.builtin import load_loss
-from types import SimpleNamespace
-is_torch_free = "torch" not in sys.modules
-import torch
-inputs = SimpleNamespace(advantages=torch.tensor([2.0]), logprobs=torch.tensor([-1.0]))
-value = load_loss(config.algorithm.loss, config.algorithm.losses)(inputs).per_token.item()
 with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
     parse("train", ["--help"])
-in_help = "--gradient-weight" in printed.getvalue()
-print(json.dumps([value, refusal, in_help, is_torch_free]))
+is_torch_free = "torch" not in sys.modules
+
+import torch
+from types import SimpleNamespace
+from megatron_bupo.rl.advantage import AdvantageInputs
+from megatron_bupo.rl.builtin import load_estimator, load_loss
+
+inputs = SimpleNamespace(advantages=torch.tensor([2.0]), logprobs=torch.tensor([-1.0]))
+loss = load_loss(config.algorithm.loss, config.algorithm.losses)(inputs).per_token.tolist()
+rewards = torch.tensor([0.0, 3.0, 0.5], dtype=torch.float64)
+advantages = load_estimator(config.algorithm.advantage_estimator)(AdvantageInputs(rewards, [0, 0, 0], []))
+print(json.dumps([loss, advantages.tolist(), refusal, printed.getvalue(), is_torch_free]))
 """
 
 
-def test_a_loss_with_flags_is_one_new_file(tmp_path: Path) -> None:
-    folder, model = tmp_path / "losses", tmp_path / "model"
-    folder.mkdir()
+def test_a_built_in_loss_and_a_built_in_estimator_are_one_new_file_each(tmp_path: Path) -> None:
+    project, model = extended_project(PAGE, tmp_path / "project"), tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    (tmp_path / "prompts.jsonl").write_text("")
-    write_block(PAGE, "megatron_bupo/rl/losses/mine.py", folder)
+    (tmp_path / "prompts.jsonl").write_text("{}\n")
     words = ["--hf-model", str(model), "--prompt-data", str(tmp_path / "prompts.jsonl"), "--train-iters", "2"]
-    words += ["--loss", "policy-gradient", "--gradient-weight", "3"]
+    words += ["--loss", "policy-gradient", "--gradient-weight", "3", "--advantage-estimator", "sign"]
     done = subprocess.run(
-        [sys.executable, "-c", BUILT_IN, str(folder), json.dumps(words)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        [sys.executable, "-c", BUILT_IN, json.dumps(words)], cwd=project, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(project)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    value, refusal, in_help, is_torch_free = json.loads(done.stdout)
-    assert value == 6.0  # -3 * 2 * -1
+    loss, advantages, refusal, help_text, is_torch_free = json.loads(done.stdout)
+    assert loss == [6.0]  # -3 * 2 * -1
+    assert advantages == [-1.0, 1.0, -1.0]
     assert refusal == "--gradient-weight -1.0: must be greater than 0"
-    assert in_help
+    assert "--gradient-weight" in help_text and "policy-gradient, ppo-clip" in help_text and "sign" in help_text
     assert is_torch_free

@@ -26,7 +26,7 @@ def inputs_of(**columns: Any) -> LossInputs:
     defaults = {
         "entropy": torch.zeros_like(logprobs),
         "old_logprobs": torch.zeros_like(logprobs),
-        "mask": torch.ones(len(logprobs), dtype=torch.bool),
+        "response_mask": torch.ones(len(logprobs), dtype=torch.bool),
         "tokens": zeros,
         "segments": zeros,
         "num_responses": 1,
@@ -42,6 +42,10 @@ def objective(aggregation: str = "token-mean", dual_clip: float = 10.0, **flags:
 def _clip(low: float, high: float, dual: float) -> Any:
     losses = AlgorithmConfig().losses
     return type(losses)(ppo_clip=ppo_clip.Flags(low, high, dual))
+
+
+def mine(loss: Any) -> Objective:
+    return Objective(loss, "mine.py:loss", ObjectiveFlags(), "token-mean", max_response_len=8)
 
 
 def test_clip_loss_by_hand():
@@ -128,7 +132,7 @@ def test_aggregate_by_hand(aggregation, total, count):
     per_token = torch.tensor([1.0, 2.0, 3.0, 0.0, 4.0, 0.0])
     mask = torch.tensor([True, True, True, False, True, False])
     segments = torch.tensor([0, 0, 0, 1, 1, 2])
-    inputs = inputs_of(logprobs=per_token, advantages=per_token, mask=mask, segments=segments, num_responses=3)
+    inputs = inputs_of(logprobs=per_token, advantages=per_token, response_mask=mask, segments=segments, num_responses=3)
     loss_sum, num = aggregate(per_token, inputs, aggregation, 100)
     assert (loss_sum.item(), num.item()) == (pytest.approx(total), count)
     assert num.dtype == torch.int64
@@ -164,7 +168,8 @@ def test_objective_by_hand():
     assert sums.total.item() == pytest.approx(-1.2 + 0.8 + 0.1 * 0.75 - 0.01 * 3)
     assert sums.count.item() == 2
     found = {name: value.item() for name, value in sums.metrics.items()}
-    expected = {"clip_frac": 2, "clip_frac_dual": 0, "ratio_mean": 2.5, "kl": 0.75, "num_tokens": 2}
+    expected = {"clip_frac": 2, "clip_frac_dual": 0, "ratio_mean": 2.5, "kl": 0.75}
+    expected |= {"loss": sums.total.item(), "count": 2, "num_tokens": 2, "num_bad": 0}
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -173,7 +178,7 @@ def test_objective_by_hand():
 def test_gradients_equal_finite_differences(aggregation, kl_type):
     batch = {name: column.double() for name, column in columns(12).items()}
     fixed = {name: batch[name] for name in ("old_logprobs", "advantages", "ref_logprobs")}
-    fixed["mask"] = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
+    fixed["response_mask"] = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
     fixed["segments"] = torch.tensor([0] * 5 + [1] * 4 + [2] * 3)
     minimised = objective(aggregation, kl_type=kl_type, **FLAGS)
 
@@ -194,9 +199,9 @@ def cut(lengths: list[int], parts: list[list[int]], mask: Tensor, minimised: Obj
         rows = torch.tensor([starts[i] + j for i in part for j in range(lengths[i])], dtype=torch.int64)
         segments = torch.tensor([number for number, i in enumerate(part) for _ in range(lengths[i])], dtype=torch.int64)
         taken = {name: column[rows] for name, column in batch.items()}
-        sums = minimised(inputs_of(mask=mask[rows] > 0, segments=segments, num_responses=len(part), **taken))
+        sums = minimised(inputs_of(response_mask=mask[rows] > 0, segments=segments, num_responses=len(part), **taken))
         total, count = total + sums.total, count + sums.count
-        metrics = {name: metrics.get(name, 0.0) + value for name, value in sums.metrics.items()}
+        metrics |= {name: metrics.get(name, 0.0) + value for name, value in sums.metrics.items()}
     (gradient,) = torch.autograd.grad(total / count, batch["logprobs"])
     return ObjectiveSums(total.detach(), count, metrics), gradient
 
@@ -215,7 +220,8 @@ def test_the_cut_into_micro_batches_does_not_matter(aggregation):
         torch.testing.assert_close(other.total, whole.total, rtol=1e-6, atol=1e-6)
         assert other.count == whole.count
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(other.metrics, whole.metrics, rtol=1e-12, atol=0)
+        same = {name: value for name, value in other.metrics.items() if name != "loss"}  # an fp32 sum, above
+        torch.testing.assert_close(same, {name: whole.metrics[name] for name in same}, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean", "dr-grpo"])
@@ -226,7 +232,7 @@ def test_no_rows_still_have_a_graph(aggregation):
     assert sums.total.item() == 0
     assert logprobs.grad is not None
     assert sums.count.item() == (16 if aggregation == "dr-grpo" else 0)
-    assert all(value.item() == 0 for value in sums.metrics.values())
+    assert all(value.item() == 0 for name, value in sums.metrics.items() if name != "count")
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
@@ -239,7 +245,7 @@ def test_masked_tokens_may_hold_anything(aggregation, poison):
     for filler in (-1.0, poison):
         batch = {name: torch.where(mask, column, filler) for name, column in columns(5).items()}
         batch["logprobs"] = batch["logprobs"].requires_grad_()
-        sums = minimised(inputs_of(mask=mask, segments=segments, num_responses=2, **batch))
+        sums = minimised(inputs_of(response_mask=mask, segments=segments, num_responses=2, **batch))
         (gradient,) = torch.autograd.grad(sums.total, batch["logprobs"])
         results.append((sums.total.detach(), gradient, sums.metrics))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
@@ -247,9 +253,10 @@ def test_masked_tokens_may_hold_anything(aggregation, poison):
 
 
 def test_a_loss_with_values_at_masked_tokens_counts_the_others_only():
-    minimised = Objective(lambda inputs: LossOutputs(inputs.logprobs + 5), "mine", ObjectiveFlags(), "token-mean", 8)
     mask = torch.tensor([True, False, True])
-    sums = minimised(inputs_of(logprobs=torch.tensor([1.0, 7.0, 2.0]), advantages=torch.zeros(3), mask=mask))
+    sums = mine(lambda inputs: LossOutputs(inputs.logprobs + 5))(
+        inputs_of(logprobs=torch.tensor([1.0, 7.0, 2.0]), advantages=torch.zeros(3), response_mask=mask)
+    )
     assert sums.total.item() == 13.0
 
 
@@ -257,15 +264,51 @@ def test_a_loss_with_values_at_masked_tokens_counts_the_others_only():
     ("returned", "found"),
     [
         (torch.zeros(3), "a Tensor"),
+        (LossOutputs(torch.zeros(3), [torch.zeros(3)]), "metrics that are a list"),  # type: ignore[arg-type]
         (LossOutputs(torch.zeros(())), r"columns \[\[\]\]"),
         (LossOutputs(torch.zeros(3), {"mine": torch.zeros(2)}), r"columns \[\[3\], \[2\]\]"),
         (LossOutputs(torch.zeros(3), {"mine": 1.0}), r"columns \[\[3\], 'float'\]"),  # type: ignore[dict-item]
     ],
 )
 def test_what_is_no_loss_is_named(returned, found):
-    minimised = Objective(lambda inputs: returned, "mine.py:loss", ObjectiveFlags(), "token-mean", 8)
     with pytest.raises(UsageError, match=f"--loss mine.py:loss: it returned {found}.*; it must return LossOutputs"):
-        minimised(inputs_of(logprobs=torch.zeros(3), advantages=torch.zeros(3)))
+        mine(lambda inputs: returned)(inputs_of(logprobs=torch.zeros(3), advantages=torch.zeros(3)))
+
+
+def test_a_loss_without_gradient_is_named():
+    inputs = inputs_of(logprobs=torch.zeros(3, requires_grad=True), advantages=torch.ones(3))
+    with pytest.raises(UsageError, match=r"--loss mine\.py:loss: its loss has no gradient"):
+        mine(lambda inputs: LossOutputs(inputs.logprobs.detach()))(inputs)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_counted_where_they_are_the_losss_fault(poison):
+    mask = torch.tensor([True, True, True, False])
+    logprobs = torch.tensor([-1.0, -1.0, math.nan, -1.0])  # the model itself fails at the third token
+    inputs = inputs_of(logprobs=logprobs, advantages=torch.ones(4), response_mask=mask)
+    column, healthy = torch.tensor([poison, 0.0, poison, poison]), torch.zeros(4)
+    for outputs in (LossOutputs(column), LossOutputs(healthy, {"mine": column})):
+        sums = mine(lambda _, outputs=outputs: outputs)(inputs)
+        assert sums.metrics["num_bad"].item() == 1
+    mine(lambda inputs: LossOutputs(healthy)).check_finite(0.0, 3.0)
+    with pytest.raises(UsageError, match=r"--loss mine\.py:loss: it returned .* not finite, at 1 of 3 tokens"):
+        mine(lambda inputs: LossOutputs(healthy)).check_finite(1.0, 3.0)
+
+
+def test_a_micro_batch_without_tokens_never_reaches_the_loss():
+    logprobs = torch.empty(0, requires_grad=True)
+    sums = mine(lambda inputs: LossOutputs(inputs.logprobs / 0))(
+        inputs_of(logprobs=logprobs, advantages=torch.empty(0))
+    )
+    sums.total.backward()
+    assert (sums.total.item(), sums.count.item()) == (0.0, 0)
+
+
+@pytest.mark.parametrize("name", ["loss", "count", "num_tokens", "kl"])
+def test_a_metric_hides_no_other_number(name):
+    inputs = inputs_of(logprobs=torch.zeros(2), advantages=torch.ones(2), ref_logprobs=torch.zeros(2))
+    with pytest.raises(UsageError, match=f"--loss mine.py:loss: its metric '{name}' has the name of another"):
+        mine(lambda inputs: LossOutputs(inputs.logprobs, {name: inputs.logprobs}))(inputs)
 
 
 def test_sums_by_response():

@@ -25,10 +25,10 @@ from megatron_bupo.training.metrics import (
     MAXIMA,
     console_line,
     engine_alarm,
+    loss_metrics,
     means,
     observe,
     rollout_metrics,
-    update_metrics,
 )
 from megatron_bupo.training.plan import describe_plan, memory_estimate, parameter_counts
 from megatron_bupo.training.run_record import describe_run, fingerprint
@@ -124,20 +124,15 @@ def test_what_the_responses_say() -> None:
     }
 
 
-def test_updates_are_listed_and_their_ratios_averaged_over_all_tokens() -> None:
+def test_what_the_loss_reports_is_averaged_over_the_tokens_of_all_updates() -> None:
     first = UpdateResult(0.5, 2.0, {"clip_frac": 1.0, "clip_frac_dual": 0.0, "ratio_mean": 10.5, "num_tokens": 10.0})
     second = UpdateResult(-0.1, 3.0, {"clip_frac": 6.0, "clip_frac_dual": 3.0, "ratio_mean": 28.5, "num_tokens": 30.0})
-    assert update_metrics([first, second]) == {
-        "loss": [0.5, -0.1],
-        "grad_norm": [2.0, 3.0],
-        "clip_frac": 7 / 40,
-        "clip_frac_dual": 3 / 40,
-        "ratio_mean": 39 / 40,
-    }
+    assert loss_metrics([first, second]) == {"clip_frac": 7 / 40, "clip_frac_dual": 3 / 40, "ratio_mean": 39 / 40}
     with_kl = [
         UpdateResult(part.loss, part.grad_norm, {**part.sums, "kl": kl}) for part, kl in ((first, 0.5), (second, 1.5))
     ]
-    assert update_metrics(with_kl)["kl"] == 2 / 40
+    assert loss_metrics(with_kl)["kl"] == 2 / 40
+    assert loss_metrics([first, with_kl[1]])["kl"] == 1.5 / 40, "a metric that one of the updates has"
 
 
 def test_a_step_on_the_console() -> None:
@@ -223,7 +218,9 @@ def train_config(model: Path, *flags: str) -> TrainConfig:
 
 def test_run_json_says_what_was_run(model: Path) -> None:
     config = train_config(model, "--lr", "0.25")
-    identity = RunIdentity(fingerprint(model), "fp32", "", ("a", "b"), 1234, 4, 2, ("full",))
+    identity = RunIdentity(
+        fingerprint(model), "fp32", "", ("a", "b"), 1234, 4, 2, ("full",), "f.py:g (sha256 1)", "grpo"
+    )
     run = describe_run(config, "layer:2 for steps 1-2, full for step 3", identity, ("seed: 1 then, 2 now",))
     assert json.loads(json.dumps(run)) == run, "plain JSON"
     assert run["schema"] == 1
@@ -234,6 +231,7 @@ def test_run_json_says_what_was_run(model: Path) -> None:
     assert run["versions"].keys() >= {"megatron_bupo", "python", "megatron-core", "transformers"}
     assert run["model"] == fingerprint(model)
     assert run["data"] == ["a", "b"]
+    assert (run["loss"], run["advantage_estimator"]) == ("f.py:g (sha256 1)", "grpo")
     assert run["changes"] == ["seed: 1 then, 2 now"]
     assert run["commit"] is None or len(run["commit"].rstrip("+")) == 40
 

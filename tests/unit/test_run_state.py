@@ -24,7 +24,7 @@ from megatron_bupo.training.run_state import (
 )
 from megatron_bupo.training.watch import PhaseNumbers, PhaseWatch
 
-IDENTITY = RunIdentity("m", "fp32", "d", (), 1, 4, 2, ("layer:2", "layer:2", "full"))
+IDENTITY = RunIdentity("m", "fp32", "d", (), 1, 4, 2, ("layer:2", "layer:2", "full"), "ppo-clip", "grpo")
 REPLAY = replace(IDENTITY, data="", replay=("a", "b", "c"))
 
 
@@ -64,6 +64,8 @@ def test_one_command_line_starts_and_restarts(tmp_path: Path) -> None:
         ({"dtype": "bf16"}, "dtype: fp32 then, bf16 now"),
         ({"data": "e"}, "data: d then, e now"),
         ({"seed": 2}, "seed: 1 then, 2 now"),
+        ({"loss": "a.py:f (sha256 1)"}, "loss: ppo-clip then, a.py:f (sha256 1) now"),
+        ({"advantage_estimator": "rloo"}, "advantage_estimator: grpo then, rloo now"),
         ({"rollout_batch_size": 8}, "rollout_batch_size: 4 then, 8 now"),
         ({"phases": ("layer:2", "layer:2", "layer:2")}, "policy of step 3: full then, layer:2 now"),
         ({"phases": ("layer:2",)}, "steps: 2 taken, 1 wanted"),
@@ -132,10 +134,15 @@ def test_what_ended_early_stays_so_unless_the_steps_taken_are_of_another_schedul
         assert find_start(changed, replace(IDENTITY, phases=phases)).ended == ended
 
 
-def test_a_run_from_before_the_watch_is_read(tmp_path: Path) -> None:
+def test_a_run_from_before_the_watch_and_before_losses_of_ones_own_is_read(tmp_path: Path) -> None:
     folder = write_iteration(tmp_path, 2)
     content = json.loads((folder / RUN_STATE).read_text())
-    del content["ended"], content["phase_start"]
+    del (
+        content["ended"],
+        content["phase_start"],
+        content["identity"]["loss"],
+        content["identity"]["advantage_estimator"],
+    )
     (folder / RUN_STATE).write_text(json.dumps(content))
     start = find_start(RunConfig(load=str(tmp_path)), IDENTITY)
     assert (start.done, start.ended, start.watch) == (2, (), None)
