@@ -18,7 +18,7 @@ from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.rollout.start import check_source
 from megatron_bupo.training.auto_layer import choice_so_far, layer_of_run
-from megatron_bupo.training.run_record import changed_flags, fingerprint
+from megatron_bupo.training.run_record import EarlierStart, changed_flags, fingerprint
 from megatron_bupo.training.run_state import RunIdentity, Start, find_start
 from megatron_bupo.weights.hf_files import HFWeights
 
@@ -123,11 +123,13 @@ def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet 
 
 
 def _find_start(config: TrainConfig, identity: RunIdentity) -> Start:
-    """Where the run begins; flags that changed since it was started are printed, and kept for run.json."""
+    """Where the run begins. What changed since its last start is printed, and added to the changes in run.json."""
     start = find_start(config.run, identity, watched=config.monitor.monitor_responses > 0)
     if start.folder is None:
         return start
-    changed = changed_flags(config, start.folder.parent)
+    earlier = EarlierStart.read(start.folder.parent)
+    changed = [*start.changes, *changed_flags(config, earlier.flags)]
     if changed and launch.rank() == 0:
-        print(f"{start.folder}: goes on with other flags than it was started with ({'; '.join(changed)})")
-    return replace(start, changes=(*start.changes, *changed))
+        print(f"{start.folder}: goes on with changes ({'; '.join(changed)})")
+    changes = (*earlier.changes, *(f"after step {start.done}: {change}" for change in changed))
+    return replace(start, changes=changes)

@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from megatron_bupo.training.run_state import RunIdentity
 SCHEMA = 1
 _LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify")
 _SAMPLED_BYTES = 1 << 20
-# What says where a run is kept, how long it is and on which machine it runs may change from start to start; what
-# RunIdentity compares (model, data, seed, schedule, sizes, loss, estimator) is refused there.
-_FREE_GROUPS = {"parallel", "sglang", "run"}
-_FREE = {
+# Flags that are not named when they change. They say where a run is kept, how long it is, on which machine it runs and
+# what is measured beside it; or RunIdentity compares what they stand for (model, data, seed, schedule, sizes, loss).
+_UNNAMED_GROUPS = {"parallel", "sglang", "run"}
+_UNNAMED = {
     "hf_model", "bf16", "train_iters", "internal_layer", "internal_steps", "internal_module", "policy_schedule",
     "internal_policy_norm", "loss", "advantage_estimator", "prompt_data", "rollout_batch_size", "n_samples_per_prompt",
     "save_rollouts", "load_rollouts", "reward_workers", "rollout_micro_batch_size", "max_tokens_per_micro_batch",
-    "use_distributed_optimizer",
+    "use_distributed_optimizer", "entropy_flow_interval", "entropy_flow_responses", "logprob_diff_alarm",
 }  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """The content of run.json: what it takes to run it again, and to see that it is the same run.
 
-    `changes` is what differs from when a resumed run was started, `chosen_layer` the choice of --internal-layer auto.
+    `changes` says what was changed when the run went on, and after which step; `chosen_layer` is the choice of
+    --internal-layer auto.
     """
     return {
         "schema": SCHEMA,
@@ -57,27 +58,37 @@ def describe_run(
     }
 
 
-def changed_flags(config: TrainConfig, run: Path) -> list[str]:
-    """The flags of a run that goes on which differ from its run.json, in words; those of _FREE aside.
+@dataclass(frozen=True)
+class EarlierStart:
+    """What run.json says of the last start of a run: the flags, and what had changed until then."""
 
-    None for a folder without a run.json that can be read: it tells how the run was started, not where it stands.
-    """
-    try:
-        before = dict(_leaves(json.loads((run / "run.json").read_text(encoding="utf-8"))["flags"]))
-    except (OSError, ValueError, KeyError, AttributeError):
-        return []
+    flags: dict[str, Any]
+    changes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, run: Path) -> EarlierStart:
+        """Of the run in a folder; empty where run.json is missing or broken, for a run can go on without it."""
+        try:
+            content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+            return cls(dict(_leaves(content["flags"])), tuple(content["changes"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls({}, ())
+
+
+def changed_flags(config: TrainConfig, before: dict[str, Any]) -> list[str]:
+    """The flags that differ from those of the last start (`EarlierStart.flags`), in words; not those of _UNNAMED."""
     now = dict(_leaves(json.loads(json.dumps(asdict(config)))))
     return [
         f"{flag_name(name)}: {before[name]} then, {value} now"
         for name, value in now.items()
-        if name not in _FREE and name in before and before[name] != value
+        if name not in _UNNAMED and name in before and before[name] != value
     ]
 
 
 def _leaves(group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Flags and their values, whatever groups they are in: those of another version may be grouped otherwise."""
+    """Flags and their values, without their groups: another version may have grouped them otherwise."""
     for name, value in group.items():
-        if name in _FREE_GROUPS:
+        if name in _UNNAMED_GROUPS:
             continue
         if isinstance(value, dict):
             yield from _leaves(value)

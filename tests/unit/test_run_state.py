@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bupo.config.command_line import parse
+from megatron_bupo.config.command_line import flags_of, parse
 from megatron_bupo.config.train import RunConfig, TrainConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.samples import Rollout
-from megatron_bupo.training.run_record import changed_flags
+from megatron_bupo.training.run_record import _UNNAMED, EarlierStart, changed_flags
 from megatron_bupo.training.run_state import (
     RUN_STATE,
     RunIdentity,
@@ -166,6 +166,10 @@ def test_cut_metrics_drops_later_and_half_lines(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n'
 
 
+def test_what_is_not_named_is_a_flag() -> None:
+    assert {flag.name for flag in flags_of(TrainConfig)} >= _UNNAMED
+
+
 def test_changed_flags_are_named(tmp_path: Path) -> None:
     """Those that shape the training, whatever group they were in; not those about places, lengths and machines."""
     (tmp_path / "config.json").write_text("{}")
@@ -180,10 +184,13 @@ def test_changed_flags_are_named(tmp_path: Path) -> None:
     phases = ["--internal-layer", "2", "--internal-steps", "2"]
     run = tmp_path / "run"
     run.mkdir()
-    assert changed_flags(config(), run) == [], "no run.json"
+    assert EarlierStart.read(run) == EarlierStart({}, ()), "no run.json"
     before = asdict(config("--internal-stop", "kl:0.1", "--lr", "1e-5", *phases))
     before["algorithm"]["dual_clip"] = before["algorithm"]["losses"]["ppo_clip"].pop("dual_clip")  # grouped otherwise
-    (run / "run.json").write_text(json.dumps({"flags": before}))
+    (run / "run.json").write_text(json.dumps({"flags": before, "changes": ["after step 1: x"]}))
+    earlier = EarlierStart.read(run)
+    assert earlier.changes == ("after step 1: x",)
+    assert changed_flags(config(), {}) == [], "nothing is known"
     free = [
         "--save",
         str(tmp_path / "x"),
@@ -193,9 +200,11 @@ def test_changed_flags_are_named(tmp_path: Path) -> None:
         "1",
         "--recompute-granularity",
         "selective",
+        "--entropy-flow-interval",
+        "2",
     ]
-    assert changed_flags(config("--internal-stop", "kl:0.1", "--lr", "1e-5", *phases, *free), run) == []
-    assert changed_flags(config("--dual-clip", "3", "--rollout-temperature", "0.7"), run) == [
+    assert changed_flags(config("--internal-stop", "kl:0.1", "--lr", "1e-5", *phases, *free), earlier.flags) == []
+    assert changed_flags(config("--dual-clip", "3", "--rollout-temperature", "0.7"), earlier.flags) == [
         "--lr: 1e-05 then, 1e-06 now",
         "--dual-clip: 10.0 then, 3.0 now",
         "--rollout-temperature: 1.0 then, 0.7 now",
