@@ -18,9 +18,9 @@ from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.imports import without_gc
 from megatron_bupo.parallel import cpu
 
-# A collective that waits longer than this names its group and ends the run, instead of hanging for ever.
+# After this time a collective that hangs names its group and ends the run.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-# Ranks wait for each other's rollouts, and for the first one's verdicts, as long as these take.
+# The ranks wait for each other's rollouts, and for the first one's rewards, as long as these take.
 HOST_TIMEOUT = datetime.timedelta(days=1)
 
 
@@ -78,7 +78,7 @@ def processes(seed: int) -> Iterator[Processes]:
     torch.manual_seed(seed)
     host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     started = Processes(device, dist.get_rank(), dist.get_world_size(), host_group)
-    # A context that is left open (in a notebook, say) ends while torch is still there, not when its modules are gone.
+    # A context that is left open, as in a notebook, ends before Python takes torch's modules down.
     end = weakref.finalize(started, dist.destroy_process_group)
     try:
         yield started

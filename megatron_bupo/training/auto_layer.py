@@ -15,15 +15,15 @@ from megatron_bupo.rollout.source import FirstStepKept
 from megatron_bupo.training.run_state import layer_so_far, newest_checkpoint
 from megatron_bupo.weights.hf_files import HFWeights
 
-# In the run's folder: the flow that the choice was made on.
+# In the run's folder: the entropy flow from which the layer was chosen.
 CHOICE_FOLDER = "internal_layer"
 
 
 def layer_of_run(config: TrainConfig) -> int | None:
-    """The layer of phase 1: the one given, or for `auto` that of the run which goes on; None if still to be chosen.
+    """The layer of phase 1: the given one, or for `auto` that of the run under --load; None if it is not chosen yet.
 
     Raises:
-        UsageError: the run which goes on has no internal phase.
+        UsageError: the run under --load has no internal phase.
     """
     if not config.schedule.is_auto:
         return config.schedule.layer
@@ -37,7 +37,7 @@ def layer_of_run(config: TrainConfig) -> int | None:
 
 
 def choice_so_far(config: TrainConfig, layer: int | None) -> EntropyFlow | None:
-    """What the run that goes on chose its layer from, where it did and the file is still there.
+    """The flow from which the run under --load chose its layer; None if it did not choose, or the file is gone.
 
     Raises:
         UsageError: the file cannot be read.
@@ -57,7 +57,7 @@ def choose_layer(
     source: FirstStepKept,
     state: ParallelState,
 ) -> EntropyFlow:
-    """Measure the starting model on the first step's rollouts. Collective; the same on every rank.
+    """The flow of the starting model on the first step's rollouts, the same on every rank. Collective.
 
     Raises:
         UsageError: no layer suggests itself.
@@ -69,9 +69,9 @@ def choose_layer(
     model = ParallelModel(arch, weights, config.parallel, state, config.model.dtype, converted)
     for_engine = ModelForEngine(model, config.batch.max_tokens_per_micro_batch)
     source.update_weights(for_engine, version="0")
-    # All take the first rank's: another machine's last digit could turn the scales.
+    # All ranks take the first one's flow: rounding on another machine could suggest another layer.
     flows = [flow_of_step(model, source.first_step().rollouts, "start", config)]
-    for_engine.release()  # before the trained model is built beside it
+    for_engine.release()  # before the memory for the trained model is taken
     dist.broadcast_object_list(flows, src=0, group=state.host_group)
     if flows[0].suggested_layer is None:
         why = "; ".join(flows[0].selection["reasons"])
@@ -80,7 +80,7 @@ def choose_layer(
 
 
 def describe_choice(flow: EntropyFlow) -> dict[str, object]:
-    """What run.json says of a layer that was chosen."""
+    """The choice of a layer, as run.json has it."""
     return {
         "layer": flow.suggested_layer,
         "stages": flow.stages,

@@ -1,11 +1,11 @@
-"""Save and resume a run: one whole checkpoint or none, loaded in any layout.
+"""Save and resume a run. A checkpoint is whole or not there, and can be loaded in any layout.
 
 SAVE/latest_checkpointed_iteration.txt     the newest whole one, for Megatron's tools
 SAVE/iter_0000030/                         parameters, Adam's state (megatron-core's torch_dist), run_state.json
 SAVE/hf/                                   config, tokenizer, generation config, the source's shard map
 
-What is random in a run is a function of (seed, step, prompt, sample, position), and so is the order of the prompts: the
-step and the seed are all the random state and the data cursor that there is.
+Sampling and the order of the prompts are functions of (seed, step, prompt, sample, position), so a checkpoint needs no
+random state and no position in the data: step and seed are enough.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _write_hf_side(source: Path, save: Path, table: WeightTable) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Bring a folder's files to the disk: one that has its name must be whole after a power cut, too."""
+    """Bring a folder's files to the disk, so that a renamed folder is whole after a power cut too."""
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -91,12 +91,12 @@ def _flush(folder: Path) -> None:
 
 
 def _remove_old(save: Path, keep: int | None) -> None:
-    for left in [*save.glob(".iter_*.partial"), *save.glob(".iter_*.old")]:  # of a run that was killed
+    for left in [*save.glob(".iter_*.partial"), *save.glob(".iter_*.old")]:  # left by a run that was killed
         shutil.rmtree(left)
     if keep is None:
         return
     iterations = sorted(path for path in save.glob("iter_*") if ITERATION.fullmatch(path.name))
     for path in iterations[:-keep]:
-        doomed = path.with_name(f".{path.name}.old")
-        os.replace(path, doomed)  # a folder that is half removed must not look whole
-        shutil.rmtree(doomed)
+        old = path.with_name(f".{path.name}.old")
+        os.replace(path, old)  # a folder that is half removed must not look whole
+        shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""The entropy flow of a run: measured on a sample of a step's rollouts, kept in its folder, shown in TensorBoard."""
+"""The entropy flow of a run: measured on a sample of a step's rollouts, written to its folder and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_bupo.model.parallel_model import ParallelModel
 from megatron_bupo.samples import Rollout
 from megatron_bupo.training.tracker import Tracker
 
-# The states of a micro-batch are kept until they are reduced, beside everything that training holds.
+# Largest micro-batch: the states of all its layers are in memory at once, beside the optimizer's.
 MAX_TOKENS = 4096
 
 
 def flow_of_step(model: ParallelModel, rollouts: Sequence[Rollout], when: str, config: TrainConfig) -> EntropyFlow:
-    """Measure the model as it is on a sample of `rollouts`; `when` goes into its name. Collective.
+    """Measure the model as it is on a sample of `rollouts`; the flow's name ends with `when`. Collective.
 
     Raises:
-        UsageError: the policy wrote fewer than two tokens of the sample, or a number is not finite; on every rank.
+        UsageError: the policy wrote fewer than two tokens of the sample, or a number is not finite. All ranks raise it.
     """
     sample = spread_sample(rollouts, config.monitor.entropy_flow_responses)
     measured = measure(model, sample, min(config.batch.max_tokens_per_micro_batch, MAX_TOKENS))
@@ -69,5 +69,5 @@ def log_flow(tracker: Tracker, folder: Path | None, step: int, flow: EntropyFlow
     try:
         figures = flow_figures({flow.model: flow})
         tracker.log_figures(((f"entropy_flow/{name}", figure) for name, figure in figures), step)
-    except Exception as error:  # the numbers are there; a figure is not worth a run
+    except Exception as error:  # a run does not end because of a figure
         warnings.warn(f"the figures of {flow.model} were not drawn: {type(error).__name__}: {error}", stacklevel=1)

@@ -1,4 +1,4 @@
-"""The numbers of a step, under the names of metrics.jsonl and TensorBoard."""
+"""The metrics of a step, by their names in metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_bupo.samples import Rollout
 from megatron_bupo.training.actor import UpdateResult
 
 MAXIMA = ("logprob_diff_max",)
-"""Of what `observe` returns: the largest is taken, the rest is added up."""
+"""Of what `observe` returns these are combined by their maximum, the others are added up."""
 
 
 def observe(logprobs: Tensor, entropy: Tensor, mask: Tensor, rollout_logprobs: Tensor | None) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def observe(logprobs: Tensor, entropy: Tensor, mask: Tensor, rollout_logprobs: T
 
 
 def means(observed: dict[str, float]) -> dict[str, float]:
-    """Token means of what was observed; the difference to the engine only where there was something to compare."""
+    """Token means of the sums from `observe`; the difference to the engine only where there were tokens to compare."""
     result = {"entropy": observed["entropy"] / max(observed["num_tokens"], 1)}
     if observed.get("num_compared"):
         result["logprob_diff_mean"] = observed["logprob_diff"] / observed["num_compared"]
@@ -40,19 +40,19 @@ def means(observed: dict[str, float]) -> dict[str, float]:
 
 
 def full_policy_metrics(seen: dict[str, float]) -> dict[str, float]:
-    """What `means` found of the full policy, under the names for it."""
+    """The full policy's numbers from `means`, by their names in metrics.jsonl."""
     engine = {name: value for name, value in seen.items() if name.startswith("logprob_diff")}
     return {"entropy_full": seen["entropy"], **engine}
 
 
 def engine_alarm(metrics: dict[str, Any], bound: float) -> str | None:
-    """What to say where the engine's log-probs are further from the trainer's than `bound` nats on average; 0 = never.
+    """The warning if the engine's log-probs differ from the trainer's by more than `bound` nats on average; 0 = never.
 
     >>> engine_alarm({"logprob_diff_mean": 0.25, "logprob_diff_max": 3.0}, bound=0.1)
     'the engine is 0.25 nats from the trainer on average (at most 3), above --logprob-diff-alarm 0.1'
     """
     mean = metrics.get("logprob_diff_mean")
-    # Not `mean > bound`: a difference that is no number is the worst of all.
+    # Not `mean > bound`: NaN must warn too.
     if mean is None or bound == 0 or mean <= bound:
         return None
     return (
@@ -62,7 +62,7 @@ def engine_alarm(metrics: dict[str, Any], bound: float) -> str | None:
 
 
 def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """How good and how long the responses of a step are on average; a reward of at least 1 is accurate."""
+    """Mean reward, accuracy (share of rewards of at least 1) and mean length in tokens."""
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {
         "reward_mean": sum(rewards) / len(rewards),
@@ -72,7 +72,7 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], timeouts: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """What the responses of a step say before anything is computed on them.
+    """The metrics of a step that need its responses and times alone.
 
     `num_tokens` counts prompts and responses; `truncated_frac` the responses that ended by their length.
     """
@@ -108,7 +108,7 @@ def console_lines(metrics: dict[str, Any], num_steps: int, alarm_above: float) -
 
 
 def console_line(metrics: dict[str, Any], num_steps: int) -> str:
-    """One step for the eye.
+    """The line on the console for one step.
 
     >>> console_line({"step": 3, "phase": "layer:2", "reward_mean": 0.5, "loss": [0.1, 0.3], "grad_norm": [1.0, 2.0],
     ...     "entropy": 1.25, "response_len_mean": 7.5, "tokens_per_s": 812.0, "time/step": 2.0}, 40)

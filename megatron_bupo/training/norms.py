@@ -1,4 +1,4 @@
-"""How far the parameters moved: norms per layer over all ranks, every parameter counted once."""
+"""How far the parameters moved in a step: norms per layer over all ranks, every parameter counted once."""
 
 from __future__ import annotations
 

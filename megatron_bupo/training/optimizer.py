@@ -1,8 +1,8 @@
 """One optimizer for both phases: parameter groups cut where the schedule's policies begin and end.
 
-A policy trains the embedding, the unembedding and every layer that its distribution passes through. What it does not
-pass through has no gradient, and is skipped whole: parameters, moments and step count stay exactly as they were, as
-torch skips a parameter without gradient. Megatron's buffers hold zeros there instead, which Adam would still decay.
+A policy trains the embedding, the unembedding and every layer that its distribution depends on. The other parameters
+have no gradient and are skipped, as torch skips them: values, moments and step count stay exactly as they were.
+(Megatron's buffers hold zeros for them, with which Adam would still decay weights and moments.)
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class PhaseOptimizer:
 
     @contextmanager
     def _only(self, spec: PolicySpec) -> Iterator[list[dict[str, Any]]]:
-        """Hide the groups that `spec` does not train from everything that the optimizer does."""
+        """The groups that `spec` trains; meanwhile the optimizer has only those."""
         inner = [chained.optimizer for chained in self.megatron.chained_optimizers if chained.optimizer is not None]
         every_group = [optimizer.param_groups for optimizer in inner]
         bit = self._bits[spec]

@@ -1,7 +1,7 @@
-"""What Adam keeps, parameter by parameter: out of the optimizer for a checkpoint, and back in any other layout.
+"""Adam's state of each parameter: read from the optimizer for a checkpoint, and restored in any layout.
 
-megatron-core's own way expects one step count for all parameters. Here phases train different parameters, so counts
-differ, and a parameter that never trained has no state at all: it must have none after a resume either.
+megatron-core's own checkpoints have one step count for all parameters. Here phases train different parameters, so the
+counts differ, and a parameter that never trained has no state: it must have none after a resume either.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _pairs(part: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
 
 
 def _counts_per_parameter(slot: Slot) -> bool:
-    """torch's Adam does; transformer-engine's and apex's FusedAdam count per group."""
+    """torch's Adam counts steps by parameter, the FusedAdam of transformer-engine and apex by group."""
     return isinstance(slot.inner, torch.optim.Adam)
 
 
@@ -86,7 +86,7 @@ def _gather(param: nn.Parameter, slot: Slot | None, part: Tensor | None, group: 
     whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if slot is not None and part is not None:
         whole[slot.start : slot.end] = part.detach().flatten()
-    # Added as integers: every place is zero on all ranks but one, and a float sum would lose the sign of -0.0.
+    # Summed as integers: all ranks but one have 0 in each place, and a sum of floats would lose the sign of -0.0.
     dist.all_reduce(whole.view(torch.int32), group=group)
     return whole.view(param.shape)
 

@@ -1,4 +1,4 @@
-"""What a run was: the content of run.json, and the fingerprint of its model."""
+"""The content of run.json: flags, versions and hashes of a run, and what changed when it went on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def describe_run(
     changes: tuple[str, ...],
     chosen_layer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of run.json: what it takes to run it again, and to see that it is the same run.
+    """The content of run.json: all that is needed to repeat the run and to recognise it.
 
     `changes` says what was changed when the run went on, and after which step; `chosen_layer` is the choice of
     --internal-layer auto.

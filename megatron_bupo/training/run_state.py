@@ -1,4 +1,4 @@
-"""Where a run stands, and whether another start is the same run: small JSON, read before any process group exists."""
+"""Where a run stands, and whether a new start is the same run. Read before any process group exists."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def layer_so_far(run: RunConfig) -> int | None:
 class Start:
     """Where a run begins: after step `done`, from the iteration `folder` (None: from its model).
 
-    `converted` is a converted checkpoint whose weights the run starts from; `changes` what it was told to go on with.
-    `ended` are the steps before which a phase of the schedule was ended early, `watch` is over the current phase.
+    `converted` is a converted checkpoint whose weights the run starts from. `changes` are the accepted differences to the
+    run in `folder`. `ended` are the steps before which a phase of the schedule was ended early, `watch` is over the current phase.
     """
 
     done: int = 0
@@ -148,10 +148,11 @@ class Start:
 def find_start(run: RunConfig, identity: RunIdentity, watched: bool = True) -> Start:
     """What --load names: the newest whole checkpoint of a run, or a converted one.
 
-    `watched` says whether internal phases are: only then is the watch of one that the run is in wanted.
+    If --load and --save name the same folder and it is empty, the run starts at its beginning: one command line serves
+    for the first start and for every restart.
 
-    A folder that is --save as well may be empty still: then the run starts at its beginning, so that one command line
-    serves for the first start and for every restart.
+    Args:
+        watched: whether internal phases are watched; only then is the probe of the current one read.
 
     Raises:
         UsageError: nothing to load, or it is of another run and --allow-changed-run is not given.
@@ -176,7 +177,7 @@ def find_start(run: RunConfig, identity: RunIdentity, watched: bool = True) -> S
     converted = None if state.converted is None else Path(state.converted)
     if converted is not None and not converted.is_dir():
         raise UsageError(f"--load {run.load}: the run started from {converted}, which is gone; put it back")
-    # Under --allow-changed-run the steps taken may be of another schedule; what ended there means nothing in this one.
+    # Under --allow-changed-run the steps taken may be of another schedule: phases that ended there are not those here.
     same_so_far = identity.phases[: state.step] == state.identity.phases[: state.step]
     ended = state.ended if same_so_far else ()
     watch = None
@@ -186,13 +187,13 @@ def find_start(run: RunConfig, identity: RunIdentity, watched: bool = True) -> S
 
 
 def cut_metrics(save: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`: the run takes those steps again. Written beside and renamed."""
+    """Remove the lines of metrics.jsonl after `step`: the run takes those steps again. Written beside and renamed."""
     path = save / "metrics.jsonl"
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A kill can leave half a line at the end: only of a step that is taken again.
+        # A kill can leave half a line at the end; its step is taken again.
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: run.json, metrics.jsonl and the same numbers in TensorBoard."""
+"""Writes the files of a run: run.json, metrics.jsonl, and the same numbers for TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The watch over an internal phase: how far training has taken the full policy from where the phase began.
 
-In the paper 30 internal steps help, 50 hurt and 70 ruin Qwen3-4B (arXiv 2512.19673); here the numbers that would have
-told are kept and compared. A phase is every internal step in a row, also of several policies.
+In the paper 30 internal steps help Qwen3-4B, 50 hurt and 70 ruin it (arXiv 2512.19673). The watch keeps the numbers of
+the phase's first step and compares later steps with them. A phase is all internal steps in a row, of any policies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_bupo.samples import Rollout
 
 @dataclass(frozen=True)
 class PhaseNumbers:
-    """What is watched of one step, before its update, under the names of metrics.jsonl.
+    """The watched numbers of one step, before its update, by their names in metrics.jsonl.
 
     `entropy_full` and `kl_start` in nats a token, `response_len_mean` in tokens, `accuracy` from 0 to 1.
     """
@@ -34,27 +34,27 @@ class PhaseNumbers:
 class PhaseWatch:
     """Where an internal phase began: the numbers of its first step, and the probe.
 
-    The probe is the first responses of that step, written by the starting full policy, with that policy's log-probs as
-    the trainer computes them in `rollout_logprobs`. Scored again later, they tell KL(start || now) without a second
-    copy of the weights: the token mean of exp(d) - d - 1 with d = log-prob now - log-prob at the start (k3; Schulman,
-    "Approximating KL divergence", 2020) is unbiased, for the tokens are samples of the start (without a top-p).
+    The probe is the first responses of that step. The full policy wrote them, and `rollout_logprobs` has its log-probs
+    as the trainer computed them then. Scored again later, they give KL(start || now) without a second copy of the
+    weights: the token mean of exp(d) - d - 1 with d = log-prob now - log-prob at the start (k3; Schulman,
+    "Approximating KL divergence", 2020) is unbiased, because the tokens are samples of the start (without a top-p).
     """
 
     first: PhaseNumbers
     probe: list[Rollout]
 
     def crossed(self, now: PhaseNumbers, bounds: Sequence[StopBound]) -> str | None:
-        """Why the phase is to end, such as 'kl_start 0.31 above 0.1 (kl:0.1)', or None."""
+        """Why the phase ends, such as 'kl_start 0.31 above 0.1 (kl:0.1)', or None."""
         reasons = [_reason(bound, self.first, now) for bound in bounds]
         return "; ".join(reason for reason in reasons if reason is not None) or None
 
     def write(self, save: Path) -> None:
-        """Keep the probe in the run's folder, for a start from one of its checkpoints."""
+        """Write the probe to the run's folder: a run that goes on from a checkpoint reads it."""
         write_rollouts(_probe_file(save, self.first.step), self.probe)
 
     @classmethod
     def read(cls, save: Path, first: PhaseNumbers) -> PhaseWatch:
-        """The watch over the phase that began with `first`, its probe to the bit as it was written.
+        """The watch over the phase that began with `first`; the probe is equal to the bit.
 
         Raises:
             UsageError: the probe is missing or broken.
@@ -63,7 +63,7 @@ class PhaseWatch:
             return cls(first, read_rollouts(_probe_file(save, first.step)))
         except UsageError as error:
             raise UsageError(
-                f"{error}: the watch over the internal phase compares with it; put it back, or go on with "
+                f"{error}: the watch over the internal phase needs it; put the file back, or go on with "
                 "--monitor-responses 0"
             ) from error
 
@@ -73,7 +73,7 @@ def _probe_file(save: Path, step: int) -> Path:
 
 
 def _reason(bound: StopBound, first: PhaseNumbers, now: PhaseNumbers) -> str | None:
-    """What is over the bound, in words."""
+    """The number that is over the bound, in words, or None."""
     if bound.name == "kl":
         size = now.kl_start
         told = f"kl_start {size:.4g} above {bound.limit:g}"
@@ -89,6 +89,6 @@ def _reason(bound: StopBound, first: PhaseNumbers, now: PhaseNumbers) -> str | N
         assert bound.name == "accuracy", bound
         size = first.accuracy - now.accuracy
         told = f"accuracy {now.accuracy:.4g}, {size:.4g} below the {first.accuracy:.4g}"
-    if size <= bound.limit:  # NaN is not: a policy that has none is ruined
+    if size <= bound.limit:  # False for NaN: then the policy is ruined
         return None
     return f"{told} ({bound})" if bound.name == "kl" else f"{told} of step {first.step} ({bound})"
