@@ -132,8 +132,11 @@ def layer_so_far(run: RunConfig) -> int | None:
 class Start:
     """Where a run begins: after step `done`, from the iteration `folder` (None: from its model).
 
-    `converted` is a converted checkpoint whose weights the run starts from. `changes` are the accepted differences to the
-    run in `folder`. `ended` are the steps before which a phase of the schedule was ended early, `watch` is over the current phase.
+    Attributes:
+        converted: a converted checkpoint whose weights the run starts from.
+        changes: what differs from the run in `folder`, and is accepted.
+        ended: the steps before which a phase of the schedule was ended early.
+        watch: over the internal phase that the run is in.
     """
 
     done: int = 0
