@@ -24,3 +24,27 @@ def test_groups_end_before_torch_does(ending: str) -> None:
     assert (done.returncode, done.stdout) == (0, "1\n")
     assert "Exception" not in done.stderr
     assert "TypeError" not in done.stderr
+
+
+CYCLE = """
+import gc
+
+import megatron_bupo.config.program
+
+class Cycle:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        print("found")
+
+gc.disable()
+Cycle()
+"""
+
+
+@pytest.mark.parametrize(("program", "printed"), [(CYCLE, ""), (CYCLE + "gc.collect()", "found\n")])
+def test_python_ends_without_a_search_for_cycles(program: str, printed: str) -> None:
+    """It takes seconds where torch and transformers were imported."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, printed), done.stderr
