@@ -61,7 +61,7 @@ class Trainer:
         self._seconds: dict[str, float] = {}
 
     def step(self, step: int) -> Metrics:
-        """One rollout batch: generate, score, update, hand the weights to the engine."""
+        """Take one step: generate, score, update, send the weights to the engine. Returns its metrics. Collective."""
         started = time.perf_counter()
         self._seconds = {}
         with self._timed("norms"):
@@ -104,7 +104,7 @@ class Trainer:
         return metrics | reported
 
     def _score_old(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> dict[str, float]:
-        """Give every micro-batch its old (and reference) log-probs; what was seen of the policy on the way."""
+        """Give every micro-batch its old (and reference) log-probs. Returns the `means` of the old policy."""
         seen = []
         for batch, output in self._scored(mini_batches, spec):
             batch.columns.old_logprobs = output.logprobs
@@ -116,7 +116,7 @@ class Trainer:
         return means(reduce_everywhere(self.state, seen, MAXIMA))
 
     def _scored(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> Iterator[tuple[MicroBatch, Any]]:
-        """Every micro-batch with the policy's output, on the last stage, which alone has outputs."""
+        """Every micro-batch with the policy's output; nothing on a stage before the last."""
         for batches in mini_batches:
             outputs = self.actor.score(batches, [spec], self.temperature)[spec]
             yield from zip(batches if outputs else [], outputs, strict=True)
@@ -143,7 +143,7 @@ class Trainer:
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Seconds that a part of the step takes; on a GPU the queue is emptied before the clock is read."""
+        """Add the seconds that a part of the step takes; on a GPU its kernels are waited for."""
         started = time.perf_counter()
         yield
         if self.state.device.type == "cuda":
