@@ -1,4 +1,4 @@
-"""Which files of the package run in the steps of a training run: their names, one a line.
+"""Which files of the package run in the steps of a training run: their names, one a line; then a line about scoring.
 
 Arguments: CASES (from the fixture train_cases). What a source does to get its responses, a replay here, is left out.
 """
@@ -33,6 +33,7 @@ class FileTrace:
 
     def __init__(self) -> None:
         self.files: set[Path] = set()
+        self.num_scored = 0  # calls of score_rollouts
         self._in_source: FrameType | None = None
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
@@ -41,6 +42,7 @@ class FileTrace:
         if event != "call" or self._in_source is not None:
             return
         path = Path(frame.f_code.co_filename)
+        self.num_scored += frame.f_code.co_name == "score_rollouts"
         if path.is_relative_to(PACKAGE):
             self.files.add(path.relative_to(PACKAGE))
         elif path == Path(__file__):
@@ -54,11 +56,15 @@ def main() -> None:
     with parallel_state(config.parallel, seed=1) as state:
         trainer = build(config, state)
         trainer.source = EngineLike(config.rollout.load_rollouts)
+        scored = []
         for step in range(1, 4):
+            before = trace.num_scored
             sys.setprofile(trace)
             trainer.step(step)
             sys.setprofile(None)
+            scored.append(trace.num_scored - before)
     print("\n".join(sorted(map(str, trace.files))))
+    print("the monitor scores", *scored)
 
 
 if __name__ == "__main__":
