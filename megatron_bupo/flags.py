@@ -1,6 +1,6 @@
 """How a flag is declared as a dataclass field, and how its value is checked.
 
-Nothing here or in config/ imports torch or Megatron: a mistyped flag must not cost the seconds of those imports.
+No check here or in config/ imports torch or Megatron: a mistyped flag must not cost the seconds of those imports.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def same_flag(group: type[Group], name: str, default: Any = MISSING) -> Any:
 
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> Any:
+    """The value of a flag as a user writes it: a list as words."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _allowed(value: Any, metadata: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import TrainConfig
-from megatron_bupo.flags import Group, flag_name
+from megatron_bupo.flags import Group, flag_name, shown
 
 _GB = 1e9
 
@@ -39,8 +39,7 @@ def _flags(group: Group) -> Iterator[str]:
         if isinstance(value, Group):
             yield from _flags(value)
         elif value is not None:
-            shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{flag_name(declared.name)} {shown}"
+            yield f"{flag_name(declared.name)} {shown(value)}"
 
 
 def _data_parallel_size(config: TrainConfig, world_size: int) -> int:

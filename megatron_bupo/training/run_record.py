@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_bupo import __version__
 from megatron_bupo.config.train import TrainConfig
-from megatron_bupo.flags import flag_name
+from megatron_bupo.flags import flag_name, shown
 from megatron_bupo.training.run_state import RunIdentity
 
 SCHEMA = 1
@@ -79,7 +79,7 @@ def changed_flags(config: TrainConfig, before: dict[str, Any]) -> list[str]:
     """The flags that differ from those of the last start (`EarlierStart.flags`), in words; not those of _UNNAMED."""
     now = dict(_leaves(json.loads(json.dumps(asdict(config)))))
     return [
-        f"{flag_name(name)}: {before[name]} then, {value} now"
+        f"{flag_name(name)}: {shown(before[name])} then, {shown(value)} now"
         for name, value in now.items()
         if name not in _UNNAMED and name in before and before[name] != value
     ]

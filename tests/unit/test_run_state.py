@@ -208,5 +208,5 @@ def test_changed_flags_are_named(tmp_path: Path) -> None:
         "--lr: 1e-05 then, 1e-06 now",
         "--dual-clip: 10.0 then, 3.0 now",
         "--rollout-temperature: 1.0 then, 0.7 now",
-        "--internal-stop: ['kl:0.1'] then, None now",
+        "--internal-stop: kl:0.1 then, None now",
     ]
