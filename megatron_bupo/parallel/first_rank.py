@@ -27,7 +27,7 @@ def on_first_rank(state: ParallelState, work: Callable[[], _Answer]) -> _Answer:
     if state.rank == 0:
         try:
             outcome[0] = work()
-        except Exception as raised:  # told to every rank: they would wait for ever
+        except Exception as raised:  # sent to every rank: without an answer they would wait for ever
             error = raised
             message = f"{type(raised).__name__}: {raised}"
             outcome[1] = UsageError(str(raised)) if isinstance(raised, UsageError) else FirstRankFailed(message)

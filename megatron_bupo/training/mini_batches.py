@@ -28,7 +28,7 @@ def make_mini_batches(
     for batch in (batch for batches in mini_batches for batch in batches):
         batch.columns.advantages = advantages[batch.responses][batch.segments]
         engine = [rollouts[index].rollout_logprobs for index in batch.responses]
-        if None not in engine:  # rollouts from elsewhere may lack them
+        if None not in engine:  # replayed rollouts may lack them
             flat = [value for logprobs in engine for value in logprobs or ()]
             batch.columns.rollout_logprobs = torch.tensor(flat, dtype=torch.float32, device=state.device)
     return mini_batches

@@ -76,7 +76,7 @@ class ParameterNorms:
         return norms if drift is None else {"master_drift": drift, **norms}
 
     def master_drift(self) -> float | None:
-        """norm(fp32 master - bf16 weight) / norm(master - start): the share of training the engine does not see.
+        """norm(fp32 master - bf16 weight) / norm(master - start): the share of training that rounding hides.
 
         None in fp32, where there are no masters, and before anything moved.
         """

@@ -127,11 +127,11 @@ class OptimizerState:
         return {name: max(peer[name] for peer in peers) for name in mine}
 
     def sharded(self, model_state: Mapping[str, Any], *, empty: bool = False) -> dict[str, Any]:
-        """The state as megatron-core's sharded tensors, laid out as the model's; zeros for what never trained.
+        """The state as megatron-core's sharded tensors, laid out as the model's; zeros where nothing was trained.
 
         Args:
             model_state: global name -> sharded tensor or factory of the parameter.
-            empty: only room to load into.
+            empty: zeros everywhere, to be loaded into.
         """
         state: dict[str, Any] = {}
         for name, param in self._parameters:

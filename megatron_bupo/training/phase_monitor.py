@@ -64,7 +64,7 @@ class PhaseMonitor:
         sample = rollouts[: self._num_responses]
         scores = self._score(sample)
         seen = _compare(sample, scores)
-        # In its first step a phase is where it began. No token of the probe may be trained: then nothing is compared.
+        # 0 in the first step of a phase, and where the mask leaves no token of the probe to compare.
         probed = {} if self.watch is None else _compare(self.watch.probe, self._score(self.watch.probe))
         kl_start = probed.get("logprob_diff_k3", 0.0)
         responses = response_metrics(rollouts)

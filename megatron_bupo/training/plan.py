@@ -94,7 +94,7 @@ def memory_estimate(config: TrainConfig, arch: Architecture, world_size: int) ->
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     counts = parameter_counts(arch)
-    # Tied or not, with a pipeline a first or last stage holds one matrix of the vocabulary's size.
+    # In a pipeline the first and the last stage hold one matrix of the vocabulary's size each, tied or not.
     ends = counts["embedding"] + (counts["unembedding"] if pipeline == 1 else 0)
     parameters = (counts["layer"] * arch.num_layers / pipeline + ends) / tensor
     width = 2 if config.model.bf16 else 4

@@ -74,7 +74,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
     schedule.check(arch.num_layers)
     weights = HFWeights(config.model.hf_model)
     weights.check(table_for(arch))
-    # A file of the user's that fails when it is run fails now, and not on some rank later.
+    # The user's file is run here: if it fails, all ranks find it now.
     load_loss(config.algorithm.loss, config.algorithm.losses)
     load_estimator(config.algorithm.advantage_estimator)
     prompting = _read_prompts(config, arch)

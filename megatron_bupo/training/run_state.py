@@ -100,7 +100,7 @@ class RunState:
                 RunIdentity(**identity),
                 content["optimizer_steps"],
                 content["converted"],
-                # A run from before the watch has neither.
+                # Missing in a run of an earlier version.
                 tuple(content.get("ended", ())),
                 None if phase_start is None else PhaseNumbers(**phase_start),
             )
@@ -109,7 +109,7 @@ class RunState:
 
 
 def newest_checkpoint(save: str | Path) -> Path | None:
-    """The newest whole iteration under a run's folder: folders get their name when all in them is written."""
+    """The newest whole iteration in a run's folder: an iteration gets its name when all its files are written."""
     found = [path for path in Path(save).glob("iter_*") if ITERATION.fullmatch(path.name)]
     whole = [path for path in found if (path / RUN_STATE).is_file()]
     return max(whole, key=lambda path: int(path.name.removeprefix("iter_")), default=None)
