@@ -1,6 +1,6 @@
-"""What the training loop asks of a rollout engine: tokens in, tokens with log-probs out, weights by HuggingFace name.
+"""The interface of a rollout engine: tokens in, tokens with log-probs out, weights by HuggingFace name.
 
-Text never crosses this line: encoding a decoded response again may give other tokens.
+No text is passed: decoding a response and encoding it again may give other tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One response that is wanted. (step, prompt.index, sample) names it within a run and seeds its noise."""
+    """A request for one response. (step, prompt.index, sample) names it within a run and seeds its noise."""
 
     prompt: Prompt
     sample: int
@@ -63,7 +63,7 @@ class Generation:
 
 
 class TrainedModel(Protocol):
-    """What an engine may ask of the model in training. Every call is a collective: all ranks take part in it."""
+    """The model in training, as an engine uses it. Every call is a collective: all ranks take part in it."""
 
     def hf_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """HuggingFace names and full (unsharded) tensors, always in the same order. A tied unembedding is not sent."""
@@ -83,18 +83,18 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def update_weights(self, model: TrainedModel, version: str) -> None:
-        """Take over the weights that `model` has now. What is generated from then on carries `version`."""
+        """Take over the present weights of `model`. Responses generated afterwards carry `version`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the engine holds. Safe to call twice."""
+        """Release model, servers, files and connections of the engine. Safe to call twice."""
 
 
 def make_requests(prompts: list[Prompt], step: int, num_samples: int) -> list[GenerationRequest]:
     """`num_samples` requests per prompt, those of a prompt side by side.
 
-    A prompt that occurs twice (the epoch may end within a batch) goes on counting its samples: the same numbers would
-    give the same noise and thereby the same responses.
+    If a prompt occurs twice (the epoch may end within a batch), the numbers of its samples continue: equal numbers
+    would give equal noise, and so equal responses.
     """
     seen: Counter[int] = Counter()
     requests = []
@@ -108,7 +108,7 @@ def make_requests(prompts: list[Prompt], step: int, num_samples: int) -> list[Ge
 def stop_token_ids(hf_folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a response: those of config.json, of generation_config.json and the tokenizer's.
 
-    All of them, since an SGLang server heeds all and cannot be told not to.
+    All of them: an SGLang server stops at each of them, and no flag turns that off.
 
     Raises:
         UsageError: a file that cannot be read.

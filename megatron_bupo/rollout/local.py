@@ -1,7 +1,7 @@
 """The embedded engine: a HuggingFace model with its KV cache, in this process.
 
-Left out, for it would not pay on small models: continuous batching, paged caches, prefix caches beyond one batch. What
-is there: samples of one prompt share its prefill, and finished responses leave the batch.
+The samples of one prompt share its prefill, and finished responses leave the batch. Left out, because small models gain
+little from it: continuous batching, paged caches, prefix caches beyond one batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LocalEngine(RolloutEngine):
         dtype: of weights and activations; softmax and log-probs are fp32 always.
         device: where the model lives.
         policy: the distribution to sample from; internal ones run the model cut to their layer.
-        max_batch_size: most responses decoded together. It changes nothing but rounding.
+        max_batch_size: how many responses are decoded together at most. It changes only the rounding of the logits.
 
     Raises:
         UsageError: the folder holds no model that transformers can load, has values that are not finite, or no such
@@ -77,7 +77,7 @@ class LocalEngine(RolloutEngine):
 
     @torch.no_grad()
     def update_weights(self, model: TrainedModel, version: str) -> None:
-        """See `RolloutEngine.update_weights`. Values are cast to the engine's dtype; what a cut removed is ignored."""
+        """See `RolloutEngine.update_weights`. Casts to the engine's dtype; tensors of removed layers are ignored."""
         assert self._model is not None, "the engine is closed"
         held = dict(self._model.named_parameters())
         seen = set()
@@ -93,7 +93,7 @@ class LocalEngine(RolloutEngine):
 
     @torch.no_grad()
     def top_tokens(self, prompt: list[int], response: list[int], k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """What the policy holds most likely at each position of a response, which any policy may have written.
+        """The most likely tokens of the policy at each position of a response, which any policy may have generated.
 
         Returns:
             Token ids int64 [R, k] and their probabilities fp32 [R, k] for the R tokens of the response, the most likely
@@ -101,7 +101,7 @@ class LocalEngine(RolloutEngine):
         """
         assert self._model is not None, "the engine is closed"
         assert prompt and response, "a position needs a token before it, and a response has one"
-        # The last token predicts nothing that is shown; the prompt's last one predicts the first row.
+        # The last token is not an input: the logits of the token before it are the last row.
         ids = torch.tensor([prompt + response[:-1]], device=self._device)
         logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=len(response)).logits[0]
         probabilities = (logits.float() / temperature).softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Sampling whose randomness belongs to the sample, not to the batch, the process or the device.
+"""Sampling whose noise depends on the sample alone, not on the batch, the process or the device.
 
 A token is drawn by the Gumbel-max trick: argmax(logits / T + g) with g_v independent Gumbel(0, 1) follows
 softmax(logits / T). The noise of each token is a pure function of (run seed, step, prompt, sample, position, v):

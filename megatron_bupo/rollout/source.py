@@ -31,7 +31,7 @@ from megatron_bupo.samples import Rollout
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The responses of one step in record order, the same on every rank, and what it took to get them."""
+    """The rollouts of one step in record order, the same on every rank; seconds by kind of work; reward timeouts."""
 
     rollouts: list[Rollout]
     reward_timeouts: int = 0
@@ -39,7 +39,7 @@ class RolloutBatch:
 
 
 class RolloutSource(Protocol):
-    """What the training loop asks for at the start of a step, and tells at its end. Every call is a collective."""
+    """Gives the training loop the rollouts of a step and takes the new weights. Every call is a collective."""
 
     def rollouts(self, step: int) -> RolloutBatch: ...
 
@@ -49,7 +49,7 @@ class RolloutSource(Protocol):
 
 
 class Replay:
-    """Rollouts of an earlier run, as they stand. Weights go nowhere: nothing is generated."""
+    """Rollouts of an earlier run, read from files. Weights are not used: nothing is generated."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -58,10 +58,10 @@ class Replay:
         return RolloutBatch(read_rollouts(step_file(self._folder, step)))
 
     def update_weights(self, model: TrainedModel, version: str) -> None:
-        """Nothing generates here; the tensors are not even gathered."""
+        """Does nothing; the tensors are not gathered."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 class ResponseGenerator(Protocol):
@@ -175,14 +175,14 @@ class PromptedSource:
 
 
 class FirstStepKept:
-    """A source whose first step is wanted before the training begins: it is not generated twice."""
+    """A source whose first step can be read before the training begins, without generating it twice."""
 
     def __init__(self, source: RolloutSource) -> None:
         self._source = source
         self._first: RolloutBatch | None = None
 
     def first_step(self) -> RolloutBatch:
-        """What `rollouts(1)` will return once more."""
+        """What `rollouts(1)` returns, which may still be called once."""
         if self._first is None:
             self._first = self._source.rollouts(1)
         return self._first
@@ -202,7 +202,7 @@ def generate_shared(
     engine: RolloutEngine, requests: Sequence[GenerationRequest], params: SamplingParams, state: Processes
 ) -> list[Generation]:
     """All responses, in the order of the requests, on every rank; each rank generates every world_size-th."""
-    # The first rank's bar stands for all.
+    # Only the first rank shows a bar, for its own share.
     generated = generate_with_bar(engine, requests[state.rank :: state.world_size], params, hide=state.rank > 0)
     shares: list[list[Generation]] = [[]] * state.world_size
     dist.all_gather_object(shares, generated, group=state.host_group)
@@ -225,7 +225,7 @@ def to_rollouts(
     *,
     keep_logprobs: bool = True,
 ) -> list[Rollout]:
-    """Rollout records, still without reward. The text is for rewards and readers: training sees the tokens.
+    """Rollout records without reward. The text is for rewards and readers; training uses the tokens.
 
     Args:
         keep_logprobs: whether the engine's log-probs are those of the full policy, which is what a record holds.

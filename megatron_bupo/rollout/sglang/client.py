@@ -1,6 +1,6 @@
-"""HTTP to one SGLang server (or router): requests out, JSON back, and every failure as one kind of error.
+"""HTTP client of one SGLang server or router. Answers are JSON; every failure is a ServerError.
 
-Endpoints and answers are those of sglang 0.5.23. Proxies of the environment are not used: servers are near.
+Endpoints and answers are those of sglang 0.5.23. Proxies of the environment are not used.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     import httpx2
 
 CONNECT_S = 10.0
-"""Seconds to open a connection; what an answer may take differs by request."""
+"""Seconds to open a connection. The time for an answer is an argument of each request."""
 DRIP_S = 1.0
-"""Seconds beyond its time that an answer may take to arrive, once it has begun."""
+"""Seconds beyond its timeout that an answer may take to arrive, once it has begun."""
 IDLE_S = 2.0
-"""Seconds that an idle connection is kept. The server drops it after 5, and must not be first."""
+"""Seconds that an idle connection is kept. The server closes it after 5; a request just then would fail."""
 
 
 class ServerError(RuntimeError):
-    """A server did not do what it was asked: dead, late, refusing, or talking nonsense. Names server and path.
+    """A request failed: no connection, no answer in time, an error status, or an answer that is no JSON.
 
-    `status` is the HTTP status, None when no whole answer came.
+    The message names server and path. `status` is the HTTP status; None if no complete answer came.
     """
 
     def __init__(self, url: str, path: str, what: str, status: int | None = None) -> None:
@@ -34,7 +34,7 @@ class ServerError(RuntimeError):
 
 
 class SGLangClient:
-    """Asks one server. `get` and `post` block, from any thread; `ask` is for the event loop that first uses it.
+    """Sends requests to one server. `get` and `post` block and may be called from any thread; `ask` is a coroutine.
 
     Args:
         url: such as http://127.0.0.1:30000, without a path.
@@ -75,7 +75,7 @@ class SGLangClient:
         """`post` on the event loop, over a client of `for_event_loop`. Raises ServerError; can be cancelled."""
         try:
             asked = client.post(self.url + path, json=body, timeout=self._timeout(timeout_s))
-            # The library's limit is for each piece of an answer, not for an answer that drips.
+            # The library's timeout is for each piece of an answer: slow pieces could take for ever together.
             answer = await asyncio.wait_for(asked, timeout_s + DRIP_S)
         except asyncio.TimeoutError as error:
             raise ServerError(self.url, path, f"no whole answer in {timeout_s:g} s") from error
@@ -111,7 +111,7 @@ class SGLangClient:
 
 
 def describe(error: Exception) -> str:
-    """A transport error for the eye: many have no text of their own."""
+    """A transport error in words: kind and text, since many have no text."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""One SGLang server that the run launched: its command, its environment, its log, its end."""
+"""Launches an SGLang server under a supervisor: command, environment, log, end."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ GRACE_S = 15.0
 """Seconds from TERM to KILL; sglang takes about 6 to end by itself."""
 
 API_KEY_VARIABLE = "SGLANG_API_KEY"
-# Of a Python traceback.
+# The last line of a Python traceback, or the error of a command line.
 _ERROR_LINE = re.compile(r"([\w.]+(Error|Exception)|error)\b:?")
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
-# What the run decides; given in --sglang-args it would be overruled without a word.
+# The run sets these flags; in --sglang-args they would be overruled without a message.
 _OWNED_FLAGS = (
     "--model-path", "--host", "--port", "--dtype", "--api-key", "--admin-api-key", "--weight-version", "--random-seed",
 )  # fmt: skip
-# A server that inherits these takes itself for a rank of the training job.
+# With these variables a server would act as a rank of the training job.
 _TORCHRUN_VARIABLES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
@@ -41,7 +41,7 @@ _TORCHRUN_VARIABLES = (
 
 
 class ServerProcess:
-    """A server and the supervisor around it, running from the moment this is made.
+    """A server and its supervisor. They are started when the object is made.
 
     Args:
         command: the server's, without the API key.
@@ -70,11 +70,11 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the supervisor: the server and all that it starts are below it."""
+        """Process id of the supervisor, which is the ancestor of all processes of the server."""
         return self._supervisor.pid
 
     def exit_status(self) -> int | None:
-        """The server's, as a shell shows it (137: killed); None while it runs."""
+        """Exit status of the server as a shell shows it (137: killed); None while it runs."""
         return self._supervisor.poll()
 
     def printed(self) -> str:
@@ -84,19 +84,19 @@ class ServerProcess:
             return file.read().decode(errors="replace")
 
     def log_tail(self, num_lines: int = 6) -> str:
-        """The end of what the server printed, for one line, and the last error if it lies above."""
+        """The last lines of the server's output in one line, after the last error if that stands above them."""
         lines = [line.strip() for line in self.printed().splitlines() if line.strip()]
         above = [line for line in lines[:-num_lines] if _ERROR_LINE.match(line)]
-        # The last line of a mistyped flag says it all; above it stand all the flags that there are.
+        # For a wrong flag the last line is the message; the lines above it list all flags.
         shown = lines[-1:] if lines and " error: " in lines[-1] else [*above[-1:], *lines[-num_lines:]]
         return f"its log {self.log} ends with: {' | '.join(line[-300:] for line in shown) or '(nothing)'}"
 
     def begin_stop(self, kill: bool = False) -> None:
-        """Have the server ended, with all that it started, without waiting: at once, or by TERM and after a grace."""
+        """Start to end all processes of the server: with TERM, and KILL after GRACE_S, or with KILL at once."""
         self._tell(b"k" if kill else b"e")
 
     def wait(self) -> None:
-        """Until nothing is left of it. Raises TimeoutExpired for a process that not even KILL ends."""
+        """Wait until all processes of the server have ended. Raises TimeoutExpired if KILL does not end one."""
         self._supervisor.wait(timeout=GRACE_S + 30)
 
     def kill(self) -> None:
@@ -123,14 +123,14 @@ class Launcher:
         """Start server `index`, for the `num_starts`-th time of all; its log is server_INDEX.log in `logs`.
 
         Returns:
-            Its URL, the weight version that it has until it is given one (it tells this server from any other one), and
+            Its URL, the weight version that it starts with (unique, so that another server at that URL is noticed), and
             its process.
         """
         host = self.config.sglang_host
         port, version = free_port(host), f"launched-{secrets.token_hex(4)}"
         reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         model = os.path.abspath(self.hf_model) if os.path.exists(self.hf_model) else self.hf_model
-        # Another seed at each start: the first one again would repeat the noise of the first answers.
+        # Another seed at each start: with the same one the noise of the first answers would be repeated.
         seed = (self.seed + index + (num_starts - 1) * self.config.sglang_num_servers) % 2**31
         command = [
             _python(self.config),
@@ -150,7 +150,7 @@ class Launcher:
 
 
 def check_launch(config: SGLangConfig, api_key: str | None) -> None:
-    """Raise UsageError where servers cannot be launched as the flags say. Nothing is started."""
+    """Raise UsageError if servers cannot be launched with these flags. No server is started."""
     host = config.sglang_host
     if sys.platform != "linux":
         raise UsageError("--sglang-launch: needs Linux; start the servers yourself and give --sglang-url")
@@ -171,7 +171,7 @@ def check_launch(config: SGLangConfig, api_key: str | None) -> None:
 
 
 def _python(config: SGLangConfig) -> str:
-    """Not resolved: the python of a virtual environment is a link, and knows its environment by its place."""
+    """Links are not resolved: the python of a virtual environment is a link, and finds its environment by its path."""
     return os.path.abspath(config.sglang_python or sys.executable)
 
 
@@ -184,25 +184,25 @@ def _environment(config: SGLangConfig, gpus: str | None) -> dict[str, str]:
 
 
 def server_environment(base: Mapping[str, str], gpus: str | None, own_python: bool) -> dict[str, str]:
-    """The environment of a server: that of the run without what belongs to the trainer alone.
+    """The environment variables of a server: those of the run, without the ones that are for the trainer alone.
 
     Args:
         gpus: CUDA_VISIBLE_DEVICES, when given.
-        own_python: the server has a Python environment of its own, in which the run's modules are out of place.
+        own_python: the server has another Python environment, which must not find the run's modules.
     """
     dropped = {*_TORCHRUN_VARIABLES, API_KEY_VARIABLE}
     if own_python:
         dropped |= {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     kept = {name: value for name, value in base.items() if name not in dropped and not name.startswith("TORCHELASTIC_")}
     kept["PYTHONSAFEPATH"] = "1"  # a file in the current folder does not shadow a module of sglang
-    kept["PYTHONUNBUFFERED"] = "1"  # the last words of a server that dies reach its log
+    kept["PYTHONUNBUFFERED"] = "1"  # a server that dies has written its last lines to the log
     if gpus is not None:
         kept["CUDA_VISIBLE_DEVICES"] = gpus
     return kept
 
 
 def check_server_args(arguments: Sequence[str], has_key: bool) -> None:
-    """Raise UsageError for a flag in --sglang-args that the run decides itself, abbreviated ones too."""
+    """Raise UsageError for a flag in --sglang-args, abbreviated or not, that the run sets."""
     owned = [*_OWNED_FLAGS, *(["--config"] if has_key else [])]
     for argument in arguments:
         name = argument.partition("=")[0]
@@ -217,7 +217,7 @@ def check_server_args(arguments: Sequence[str], has_key: bool) -> None:
 
 
 def check_python(python: str, environment: Mapping[str, str]) -> None:
-    """Raise UsageError unless this Python has sglang. It is looked for, not imported."""
+    """Raise UsageError unless this Python has sglang installed. sglang is not imported."""
     what_to_do = (
         "make sglang-env makes .venv-sglang for the CPU; for GPUs pip install sglang into an environment of its own; "
         "then --sglang-python ITS/bin/python"

@@ -1,8 +1,8 @@
-"""One response asked of an SGLang server: the body of POST /generate, and a strict reader of what comes back.
+"""The body of POST /generate of an SGLang server, and a strict reader of its answer.
 
-Everything that shapes the distribution is set in the request: the defaults of a server (--preferred-sampling-params)
-fill in only what a request leaves out. What its generation_config.json says about sampling counts for chat requests
-alone, but its stop tokens always count, next to ours.
+Every parameter of sampling is in the request, since a server uses its defaults (--preferred-sampling-params) for those
+that a request leaves out. The sampling parameters in its generation_config.json are used for chat requests only; its
+stop tokens are always used, in addition to those of the request.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from megatron_bupo.rollout.sampling import sample_key
 
 NUM_SEEDS = 2**31
 LOGPROB_ROUNDING = 1e-4
-"""A token that is all but certain may come with a log-prob this far above 0."""
+"""The log-prob of a token with a probability near 1 may be above 0 by this much."""
 
 
 class BadAnswer(RuntimeError):
-    """An answer that is not used: aborted, of other weights, or not what the server's interface says."""
+    """An answer that is not used: aborted, generated with other weights, or malformed."""
 
 
 def sampling_seeds(run_seed: int, requests: Sequence[GenerationRequest]) -> list[int]:
-    """31 bits for each request, all different: a function of the run's seed, step, prompt and sample.
+    """A seed of 31 bits for each request, all different: a function of the run's seed, step, prompt and sample.
 
-    Two that would meet in 31 bits are told apart by their order.
+    If two requests would have the same seed, the later one gets the next free one.
     """
     seeds: dict[int, None] = {}
     for request in requests:
@@ -44,7 +44,7 @@ def name_of(request: GenerationRequest) -> str:
 
 
 def generate_body(request: GenerationRequest, params: SamplingParams, seed: int, rid: str) -> dict[str, Any]:
-    """The body of POST /generate for one response. The seed counts only with --enable-deterministic-inference."""
+    """The body of POST /generate for one response. The seed is used with --enable-deterministic-inference only."""
     return {
         "rid": rid,
         "input_ids": request.prompt.tokens,
@@ -59,7 +59,7 @@ def generate_body(request: GenerationRequest, params: SamplingParams, seed: int,
             "presence_penalty": 0.0,
             "repetition_penalty": 1.0,
             "stop_token_ids": list(params.stop_token_ids),
-            # Without stop tokens of ours the server's own must not count either; with them they cannot be turned off.
+            # Without stop tokens in the request the server's own are turned off; with them that is not possible.
             "ignore_eos": not params.stop_token_ids,
             "sampling_seed": seed,
             "n": 1,
@@ -77,9 +77,9 @@ def read_answer(
     """The response in an answer of /generate.
 
     Raises:
-        BadAnswer: aborted, of other weights than `version`, or garbage; it may be asked for again.
-        UsageError: the server is set up so that no answer of it can be right: it cuts prompts or responses short, or
-            ends them at a token that is no stop token of the run.
+        BadAnswer: aborted, generated with other weights than `version`, or malformed; the request may be sent again.
+        UsageError: the configuration of the server is wrong for this run: it cuts prompts or responses short, or ends
+            them at a token that is no stop token of the run.
     """
     try:
         return _read(answer, request, params, rid, version, server)

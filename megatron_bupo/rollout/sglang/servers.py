@@ -1,4 +1,4 @@
-"""The SGLang servers of a run: found or launched, brought back after a fault, ended."""
+"""The SGLang servers of a run: connect or launch, recover after a fault, end."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class ServersError(RuntimeError):
-    """A server is gone for good: the budget of restarts, or the time to come back, is spent."""
+    """A server cannot recover: its restarts, or the time for them, are used up."""
 
 
 class Servers:
-    """Made by `start`. `recover` may be called from threads, for different workers at once."""
+    """Use `start` to make one. `recover` may be called from several threads, for different workers at the same time."""
 
     def __init__(
         self, config: SGLangConfig, dtype: str, api_key: str | None, launcher: Launcher | None, logs: Path | None
@@ -85,16 +85,17 @@ class Servers:
         return servers
 
     def recover(self, worker: Worker) -> None:
-        """Bring a worker that failed back: with unknown weights, to be checked anew. Blocks until it is ready.
+        """Bring a failed worker back. Blocks until it is ready; its weights are unknown then and must be checked.
 
-        An owned one is killed and started again; another one is waited for, as somebody may restart it. Each start, or
-        wait, counts against its --sglang-restarts; all must be done within --sglang-start-timeout.
+        A launched server is killed and started again. For any other one the run waits until it answers, because its
+        owner may restart it. Each start or wait counts as one of its --sglang-restarts; all of them together may take
+        --sglang-start-timeout.
 
         Raises:
             ServersError: the budget or the time is spent, or the worker came back as one that cannot serve this run.
         """
         worker.version, worker.checked = None, False
-        self._keeps_logs = True  # they tell why it failed
+        self._keeps_logs = True  # they show why it failed
         wait = self._wait(lambda _text: None)
         last = ""
         while True:
@@ -114,10 +115,10 @@ class Servers:
                 last = f"; at its last start {error}"
 
     def await_router(self, endpoint: Endpoint) -> None:
-        """Wait until a router that failed answers again, before the same servers. Blocks.
+        """Wait until a router that failed answers again, with the same servers behind it. Blocks.
 
         Raises:
-            ServersError: it is not back within --sglang-start-timeout, or is no router of these servers any more.
+            ServersError: it does not answer within --sglang-start-timeout, or has other servers behind it.
         """
         assert endpoint.router is not None
         try:
@@ -133,7 +134,7 @@ class Servers:
             )
 
     def close(self) -> None:
-        """End the owned servers with all that they started, and let go of the others. Safe to call twice."""
+        """End the launched servers with all their processes, and close the connections. Safe to call twice."""
         self._end(kill=False)
 
     def _wait(self, say: Callable[[str], object]) -> Wait:
@@ -141,7 +142,7 @@ class Servers:
         return Wait(timeout_s, time.monotonic(), self._dtype, self._api_key is not None, self._ending, say)
 
     def _wait_for_all(self) -> None:
-        """Fill `endpoints`, each found in a thread of its own. The first failure ends the wait, and so does Ctrl-C."""
+        """Fill `endpoints`, with one thread for each. The first failure ends the wait, and so does Ctrl-C."""
         if self._launcher is not None:
             names = [f"server_{index}" for index in range(self._config.sglang_num_servers)]
         else:
@@ -183,10 +184,10 @@ class Servers:
         return Endpoint([Worker(client, info, process, index)])
 
     def _launch(self, index: int, wait: Wait) -> tuple[SGLangClient, ServerInfo, ServerProcess]:
-        """Start a server and wait for it; again on another port when somebody else took the first one."""
+        """Start a server and wait for it; on another port if another process took the first one."""
         assert self._launcher is not None
         for attempt in range(1, PORT_ATTEMPTS + 1):
-            with self._lock:  # none is started behind the back of `close`
+            with self._lock:  # no server is started after `close`
                 if self._ending.is_set():
                     raise NotReady(f"server_{index}: the run is ending")
                 self._num_starts[index] = num_starts = self._num_starts.get(index, 0) + 1
@@ -229,7 +230,7 @@ class Servers:
 
 
 def _check_distinct(urls: Sequence[str]) -> None:
-    """Raise UsageError where one server has two names: it would be given two updates at once."""
+    """Raise UsageError if one server has two names: it would get two updates at the same time."""
     for (first, at_first), (second, at_second) in combinations([(url, _addresses(url)) for url in urls], 2):
         if at_first & at_second:
             names = " = ".join(dict.fromkeys([first, second]))
@@ -237,7 +238,7 @@ def _check_distinct(urls: Sequence[str]) -> None:
 
 
 def _addresses(url: str) -> set[tuple[str, int]]:
-    """Addresses and port that a URL leads to; as it is written, where nobody knows the name (yet)."""
+    """Addresses and port of a URL; the name itself if it cannot be resolved (yet)."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     try:

@@ -1,4 +1,4 @@
-"""Waiting for an SGLang server until it answers, and whether it can serve this run."""
+"""Waits until an SGLang server answers, and checks whether it can serve this run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_bupo.rollout.sglang.client import ServerError, SGLangClient
 from megatron_bupo.rollout.sglang.process import API_KEY_VARIABLE, ServerProcess
 
 PROBE_S = 30.0
-"""Seconds that one question may take: for /health, a loaded server generates a token."""
+"""Timeout of one request: for /health a server generates a token, which takes longer under load."""
 POLL_S = 0.5
 
 
@@ -22,19 +22,19 @@ class NotReady(UsageError):
 
 
 class PortTaken(Exception):
-    """Between choosing a port and binding it, somebody else took it."""
+    """Another process took the port after it was chosen and before the server was bound to it."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server tells of itself.
+    """What a server says about itself.
 
     Args:
         version: of sglang.
         device: "cpu" or "cuda".
-        weight_version: of its weights when it was asked.
-        max_input_tokens: longest prompt that it takes; None: it does not say.
-        is_deterministic: it heeds sampling seeds.
+        weight_version: of its weights at the time of the request.
+        max_input_tokens: longest prompt that it accepts; None: unknown.
+        is_deterministic: it uses the sampling seeds of requests.
     """
 
     version: str
@@ -46,7 +46,7 @@ class ServerInfo:
 
     @classmethod
     def of(cls, client: SGLangClient, dtype: str, timeout_s: float) -> ServerInfo:
-        """Ask a server. Raises ServerError for no answer, UsageError for a server that cannot serve this run."""
+        """Ask a server. Raises ServerError without an answer, UsageError if the server cannot serve this run."""
         model = client.get("/model_info", timeout_s=timeout_s)
         args = client.get("/server_info", timeout_s=timeout_s)
         if not isinstance(model, dict) or not isinstance(args, dict) or "tp_size" not in args:
@@ -80,14 +80,14 @@ class ServerInfo:
 
 @dataclass(frozen=True)
 class Wait:
-    """The time that servers have to become ready.
+    """Waits for servers until --sglang-start-timeout is over.
 
     Args:
         timeout_s: --sglang-start-timeout, running from `start` in seconds of time.monotonic.
         dtype: of the trainer, as sglang spells it.
-        has_key: for the words about a server that refuses it.
+        has_key: whether the run has an API key, for the message about a server that refuses it.
         ending: ends the wait from another thread.
-        say: called with what is waited for.
+        say: called with the state of the wait, for the progress bar.
     """
 
     timeout_s: float
@@ -98,16 +98,16 @@ class Wait:
     say: Callable[[str], object]
 
     def until_ready(self, client: SGLangClient, process: ServerProcess | None, version: str | None) -> ServerInfo:
-        """Wait for /health, then ask the server who it is.
+        """Wait until /health answers, then ask the server for its information.
 
         Args:
             process: of a server that was launched.
-            version: the weight version by which it is told from any other one.
+            version: the weight version with which it was launched; another server at this address has another one.
 
         Raises:
             NotReady: the time is up, the process or the run has ended.
             UsageError: the server refuses the key, or cannot serve this run.
-            PortTaken: somebody else has the port of a launched server.
+            PortTaken: another process has the port of a launched server.
         """
         name = f"--sglang-url {client.url}" if process is None else f"the server launched at {client.url}"
         while True:
@@ -131,7 +131,7 @@ class Wait:
         """URLs of the workers of a router as soon as all are healthy; None where a server answers, not a router.
 
         Raises:
-            NotReady: nobody answers, or not all workers are healthy, and the time is up or the run has ended.
+            NotReady: no answer, or a worker that is not healthy, until the time is up or the run has ended.
             UsageError: the key is refused, or what answers is no router and no server.
         """
         while True:
@@ -163,7 +163,7 @@ class Wait:
             raise UsageError(f"{error.url} asks for an API key ({error.status}): set {API_KEY_VARIABLE}; {found}")
 
     def _pause(self, name: str, last: str, process: ServerProcess | None) -> None:
-        """Between two questions."""
+        """Wait before the next request. Raises NotReady if the time is up or the run is ending."""
         left_s = self._left_s()
         if left_s <= 0:
             more = f"; {process.log_tail()}" if process is not None else ""
@@ -178,7 +178,7 @@ def _check_running(name: str, process: ServerProcess) -> None:
     if status is None:
         return
     if "address already in use" in process.printed().lower():
-        raise PortTaken(f"{name}: somebody else took the port")
+        raise PortTaken(f"{name}: another process took the port")
     raise NotReady(f"{name} ended while it started (exit status {status}); {process.log_tail()}")
 
 

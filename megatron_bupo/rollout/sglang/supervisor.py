@@ -141,7 +141,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """In the new process: should the supervisor itself be killed, the server goes with it."""
+    """Runs in the new process: if the supervisor is killed, the kernel kills the server."""
     _prctl(_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""One SGLang server as a run knows it, and where requests for it are sent."""
+"""The state of one SGLang server, and the endpoint that requests for it are sent to."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Worker:
     """One SGLang server.
 
     Attributes:
-        client: replaced when an owned server is started again, on another port.
+        client: replaced when a launched server is started again, on another port.
         process: None for a server that the run did not launch.
-        version: of the weights that it was last given and found to hold; None: unknown, it must not serve.
-        checked: names, checksums and log-probs were compared since this server process was first seen.
+        version: of the weights that it was checked to hold; None: unknown, it gets no requests.
+        checked: names, checksums and log-probs of this server process were compared with the trainer's.
         info: of this server process.
         index: n of server_n, for a launched one.
     """

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-START_S, POLL_S = 60.0, 0.2
+# Nothing takes that long, whatever else the machine does: it hangs.
+HANG_S, POLL_S = 1800.0, 0.2
 NODES = [f"node{number}" for number in range(1, 5)]
 GPUS_OF_A_NODE = 4
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "unshare")
@@ -96,11 +97,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(what: str, done: Callable[[], object], timeout_s: float, state: Callable[[], str] = str) -> None:
-    """Poll until `done()` is true; AssertionError with `what` and `state()` after `timeout_s` seconds."""
-    deadline = time.monotonic() + timeout_s
+def wait_for(what: str, done: Callable[[], object], state: Callable[[], str] = str) -> None:
+    """Poll until `done()` is true; AssertionError with `what` and `state()` when it hangs."""
+    deadline = time.monotonic() + HANG_S
     while not done():
-        assert time.monotonic() < deadline, f"{timeout_s:.0f} s were not enough for: {what}\n{state()}"
+        assert time.monotonic() < deadline, f"{HANG_S:.0f} s were not enough for: {what}\n{state()}"
         time.sleep(POLL_S)
 
 
@@ -128,7 +129,7 @@ class Cluster:
                 text=True,
             )
         try:
-            wait_for("idle nodes", self._is_idle, START_S, self.logs)
+            wait_for("idle nodes", self._is_idle, self.logs)
         except BaseException:
             self.__exit__()
             raise
@@ -136,7 +137,7 @@ class Cluster:
 
     def __exit__(self, *_error: object) -> None:
         if self._init is not None:
-            self._init.communicate(timeout=30)  # closes its input
+            self._init.communicate(timeout=HANG_S)  # closes its input
 
     def ask(self, *words: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
         """What a command printed; AssertionError with its error output if it failed (unless `check` is false)."""
@@ -146,7 +147,7 @@ class Cluster:
             env=self.environment | (env or {}),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_S,
             check=False,
         )
         assert not check or result.returncode == 0, f"{' '.join(words)}: {result.stderr}"

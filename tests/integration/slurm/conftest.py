@@ -56,7 +56,7 @@ def training(tmp_path: Path, cluster: Cluster, sglang_python: Path, tiny_qwen3: 
 hf-model: {model}
 prompt-data: [{tmp_path}/prompts.jsonl]
 reward: {tmp_path}/reward.py:even
-reward-timeout: 300
+reward-timeout: 1800
 train-iters: 4
 rollout-batch-size: 2
 n-samples-per-prompt: 4

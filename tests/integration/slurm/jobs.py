@@ -13,8 +13,6 @@ from tests.integration.slurm.cluster import ENDED, Cluster, wait_for
 
 RUN, HOLD = "run", "hold"
 ROOT = Path(__file__).resolve().parents[3]
-# Two servers may start one after the other on two loaded cores.
-JOB_S = 400.0
 
 
 class Training:
@@ -54,7 +52,7 @@ class Training:
             assert state not in ENDED, f"the job ended ({state}) before: {what}\n{self.log()}"
             return False
 
-        wait_for(what, is_done, JOB_S, self.log)
+        wait_for(what, is_done, self.log)
 
     def wait_for_step(self, step: int, job: str) -> None:
         """Until the run has its checkpoint of this step."""
@@ -62,7 +60,7 @@ class Training:
 
     def wait_for_end(self, job: str) -> str:
         """The state that the job ends in."""
-        wait_for(f"the end of job {job}", lambda: self.cluster.state(job) in ENDED, JOB_S, self.log)
+        wait_for(f"the end of job {job}", lambda: self.cluster.state(job) in ENDED, self.log)
         return self.cluster.state(job)
 
     def start_again(self, job: str) -> None:

@@ -17,7 +17,7 @@ def test_a_preempted_job_goes_on_by_itself(training: Training) -> None:
     training.wait("the requeue", lambda: training.cluster.state(job) == "PENDING", job)
     training.hold.unlink()
     # Two trainers in one folder would be the end of it; servers that stay would keep their GPUs.
-    wait_for("the end of the first start", lambda: not training.processes(), 40)
+    wait_for("the end of the first start", lambda: not training.processes())
     training.start_again(job)
     assert training.wait_for_end(job) == "COMPLETED", training.log()
 
@@ -27,7 +27,7 @@ def test_a_preempted_job_goes_on_by_itself(training: Training) -> None:
     assert training.went_on_after() == [2]
     assert len(list((training.run / "logs").glob("*/attempt_0/0/stdout.log"))) == 2  # of rank 0, for each start
     assert (training.run / "sglang" / "server_0.log").stat().st_size > 0
-    wait_for("the end of the servers", lambda: not training.processes(), 40)
+    wait_for("the end of the servers", lambda: not training.processes())
 
 
 def test_a_server_that_cannot_start_ends_the_job(training: Training) -> None:

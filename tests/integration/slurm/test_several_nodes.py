@@ -8,7 +8,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.integration.slurm.cluster import wait_for
+from tests.integration.slurm.cluster import HANG_S, wait_for
 from tests.integration.slurm.jobs import Training
 
 LAYOUT = ("--nodes=2", ":", "--nodes=1")
@@ -25,7 +25,7 @@ def test_two_pipeline_stages_and_a_server(training: Training) -> None:
     host, port = re.findall(r"servers at (\w+):(\d+)", training.log())[0]
     assert f"--host {host} --port {port} " in command
     with pytest.raises(HTTPError, match="401"):  # it wants the key
-        urlopen(f"http://127.0.0.1:{port}/model_info", timeout=60)
+        urlopen(f"http://127.0.0.1:{port}/model_info", timeout=HANG_S)
     server.kill()
     training.hold_after(2)
     training.wait_for_step(2, job)
@@ -47,7 +47,7 @@ def test_two_pipeline_stages_and_a_server(training: Training) -> None:
     assert not any(key in command or key in training.log() for key in keys)
     assert (training.run / "sglang").stat().st_mode & 0o077 == 0
     assert not list(training.run.glob(".servers-*"))
-    wait_for("the end of the server", lambda: not training.processes(), 40)
+    wait_for("the end of the server", lambda: not training.processes())
 
 
 def test_servers_that_are_lost_end_the_job(training: Training) -> None:

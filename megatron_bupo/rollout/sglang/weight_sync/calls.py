@@ -1,4 +1,4 @@
-"""What every way of weight sync is made of: buckets of tensors, and calls to all servers at once."""
+"""Parts of every method of weight sync: buckets of tensors, and calls to all servers at the same time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang.worker import Worker
 
 SHORT_S = 5.0
-"""Seconds to wait for what tidies up: a server that is alive does it later too."""
+"""Timeout of a request that cleans up: a server that is slow does it later too."""
 _Answer = TypeVar("_Answer")
 
 
@@ -29,7 +29,7 @@ class SyncError(RuntimeError):
 
 @dataclass
 class Bucket:
-    """Tensors that travel together. `number` counts from 1."""
+    """Tensors that are sent together. `number` counts from 1."""
 
     number: int
     tensors: list[tuple[str, Tensor]]
@@ -42,9 +42,9 @@ class Bucket:
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
-    """The stream cut into pieces of at most `max_bytes`; a larger tensor travels alone.
+    """The stream cut into pieces of at most `max_bytes`; a larger tensor is sent alone.
 
-    A bucket is emptied when the next is asked for: no more than one, and the tensor after it, is ever held.
+    A bucket is emptied when the next one is requested: at most one bucket and one more tensor are in memory.
     """
     held: list[tuple[str, Tensor]] = []
     number, size = 1, 0
@@ -62,7 +62,7 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[B
 
 @dataclass(frozen=True)
 class Attempt:
-    """One push of one version to some servers, and the words that its errors begin with."""
+    """One push of one version to some servers; makes the messages of its errors."""
 
     workers: Sequence[Worker]
     method: str
@@ -70,14 +70,14 @@ class Attempt:
     timeout_s: float
 
     def label(self, bucket: Bucket) -> str:
-        """The version name that goes with a bucket: the new one belongs to the last.
+        """The version that a server takes over with a bucket: the new one with the last bucket.
 
-        Until then the server says that it holds a part, and not the name of weights that it no longer has.
+        Before that it is a name that marks incomplete weights: the old weights are no longer there.
         """
         return self.version if bucket.is_last else f"{self.version}-incomplete"
 
     def on_all(self, doing: str, call: Callable[[Worker], _Answer]) -> list[_Answer]:
-        """`call` for all servers at once, each in a thread. Waits for all; SyncError with the first that failed."""
+        """Run `call` for all servers at once, in threads. Waits for all; SyncError names the first that failed."""
         failures: list[tuple[Worker, Exception]] = []
 
         def watched(worker: Worker) -> _Answer:
@@ -106,7 +106,7 @@ class Attempt:
 
 
 def ask(worker: Worker, path: str, body: Any, timeout_s: float) -> Any:
-    """POST to one server; ServerError also where it answers that it had no success."""
+    """POST to one server. Raises ServerError, also for an answer that says `success: false`."""
     answer = worker.client.post(path, body, timeout_s=timeout_s)
     if isinstance(answer, dict) and answer.get("success") is False:
         raise ServerError(worker.client.url, path, str(answer.get("message")), 200)
@@ -114,7 +114,7 @@ def ask(worker: Worker, path: str, body: Any, timeout_s: float) -> Any:
 
 
 def is_answered(worker: Worker, path: str, body: Any, timeout_s: float) -> bool:
-    """Whether a POST that only tidies up was answered at all: there may be nothing to do, or no server any more."""
+    """Whether a POST that cleans up got any answer, an error too: there may be nothing to clean up."""
     try:
         ask(worker, path, body, timeout_s)
     except ServerError as error:

@@ -1,6 +1,6 @@
-"""Whether a server holds what was pushed: its names and checksums, and the log-probs that it gives a fixed prompt.
+"""Checks that a server holds the pushed weights: names, checksums, and the log-probs of a fixed prompt.
 
-The checksums are computed here from the trainer's tensors and never from an answer of the server.
+The expected checksums are computed from the trainer's tensors, never from an answer of the server.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_DIFFERENCE_FP32, _MAX_MEAN_DIFFERENCE = 1e-3, 0.3
 class ExpectedWeights:
     """Names and checksums of a one-rank CPU server that holds the tensors passed to `add`, in the stream's order.
 
-    `by_value`: whether there is such a server; for others the names are enough, and nothing is hashed.
+    `by_value`: whether there is such a server. Of any other only the names are expected, and nothing is hashed.
     """
 
     def __init__(self, tied: bool, by_value: bool = True) -> None:
@@ -69,7 +69,7 @@ class ExpectedWeights:
 
 
 def padded(name: str, tensor: Tensor) -> Tensor:
-    """The tensor as a server on the CPU holds it: rows of the vocabulary and the FFN's width filled up with zeros."""
+    """The tensor as a server on the CPU holds it: vocabulary and width of the FFN are padded with zeros."""
     for pattern, dim, multiple in _PADDED:
         missing = -tensor.shape[dim] % multiple if pattern.fullmatch(name) else 0
         if missing:
@@ -87,7 +87,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def check_weights(attempt: Attempt, expected: ExpectedWeights) -> None:
     """Compare names and checksums of every server with what was sent. Raises SyncError.
 
-    The checksum of a GPU, or of one rank of several, is not computed here: there the servers must agree.
+    Checksums of GPUs, and of one rank of several, are not computed here: they must be equal on all such servers.
     """
     doing = "comparing the weights that arrived"
     answers = attempt.post(doing, "/weights_checker", {"action": "checksum"})
@@ -112,7 +112,7 @@ def has_known_checksums(worker: Worker) -> bool:
 
 
 def _difference(wanted: dict[str, str], held: dict[str, str], by_value: bool) -> str | None:
-    """What is wrong with a server's tensors, in words."""
+    """What is wrong with a server's tensors; None if nothing is."""
     if missing := [name for name in wanted if name not in held]:
         return f"it has no {_listed(missing)}; the trainer's tensors of that name went nowhere"
     if unknown := [name for name in held if name not in wanted]:
@@ -155,7 +155,7 @@ def check_probe(attempt: Attempt, tokens: list[int], trainer: Sequence[float], d
 
 
 def _probe_problem(trainer: Tensor, server: Tensor, exact: bool) -> str | None:
-    """What is wrong with the server's log-probs, both [tokens], in words. NaN on either side is wrong."""
+    """What is wrong with the server's log-probs, both [tokens]; None if nothing is. NaN on either side is wrong."""
     differences = (trainer - server).abs()
     off, allowed = (differences.max(), _MAX_DIFFERENCE_FP32) if exact else (differences.mean(), _MAX_MEAN_DIFFERENCE)
     if off <= allowed:

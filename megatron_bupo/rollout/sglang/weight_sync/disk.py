@@ -1,4 +1,4 @@
-"""Weight sync by file: a whole HuggingFace folder that trainer and servers see."""
+"""Weight sync by files: a whole HuggingFace folder that trainer and servers can read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_bupo.weights.hf_files import write_hf_folder
 class FolderOnDisk:
     """POST /update_weights_from_disk. Only the newest version stays in `folder`, until `close`.
 
-    The folder belongs to this run alone: what a killed one left there is removed before the first version is written.
+    No other run uses the folder: files that a killed run left there are removed before the first version is written.
 
     Raises (from `send`):
         UsageError: the folder cannot be written.
@@ -50,7 +50,7 @@ class FolderOnDisk:
         attempt.post(f"all tensors, in {target}", "/update_weights_from_disk", body)
 
     def abandon(self) -> None:
-        """What was written stays for the next push, which replaces it."""
+        """Does nothing: the next push replaces the files."""
 
     def close(self) -> None:
         if self._newest is not None:

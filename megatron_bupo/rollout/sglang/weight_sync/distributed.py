@@ -1,8 +1,8 @@
 """Weight sync by broadcast: for each server a process group of the trainer's first rank and the server's ranks.
 
-The servers join with sglang's init_custom_process_group; this is the other end of it. The default group of the trainer
-takes no part. One group for all servers would send each byte once; but there a server that dies or refuses holds up the
-others for as long as their own timeouts (gloo: 30 minutes; NCCL: until its watchdog ends the process).
+The servers join with sglang's init_custom_process_group; this is the trainer's side. The trainer's default group is not
+used. One group for all servers would send each byte once, but one server that dies or refuses would block the others
+until their own timeouts (gloo: 30 minutes; NCCL: until its watchdog ends the process).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from megatron_bupo.rollout.sglang.weight_sync.calls import SHORT_S, Attempt, Buc
 if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang.worker import Worker
 
-_GRACE_S = 5.0  # between the timeout of a message and giving up what should have ended by itself
+_GRACE_S = 5.0  # after the timeout of a message, until a call that has not timed out is broken off
 
 
 class Broadcasts:
     """POST /update_weights_from_distributed while this process broadcasts: gloo, or NCCL to GPUs.
 
-    A group lives as long as its server process; after a failed push all are made anew.
+    A group is used as long as its server process runs; after a failed push all groups are made again.
     """
 
     name = "distributed"
@@ -45,7 +45,7 @@ class Broadcasts:
 
     def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for worker in attempt.workers:
-            # A server process that was never compared is new, whether or not it has the address of an old one.
+            # A server process that was never checked is new, even if it has the address of an old one.
             if worker in self._groups and not worker.checked:
                 self._groups.pop(worker).close()
             if worker not in self._groups:
@@ -70,11 +70,11 @@ class Broadcasts:
 
 
 class UpdateGroup:
-    """The trainer is rank 0; the server's tensor-parallel ranks follow.
+    """A process group of the trainer (rank 0) and the tensor-parallel ranks of one server.
 
     Raises:
         SyncError: the server did not join in time.
-        UsageError: a server on GPUs, a trainer that is not.
+        UsageError: the server is on GPUs and the trainer is not.
     """
 
     def __init__(self, attempt: Attempt, worker: Worker) -> None:
@@ -89,10 +89,10 @@ class UpdateGroup:
             raise attempt.error(worker, f"making the process group {self.name}", what) from error
 
     def broadcast(self, tensors: list[tuple[str, Tensor]], label: str) -> None:
-        """Some tensors to the server; ends in time, also where it refuses or stands still.
+        """Broadcast some tensors to the server; ends in time even if the server refuses or hangs.
 
         Raises:
-            ServerError: the server did not take part, or not to the end.
+            ServerError: the server did not receive all of them.
             RuntimeError: this side failed; names tensor and group.
         """
         on_device = [(name, tensor.detach().to(self._device).contiguous()) for name, tensor in tensors]
@@ -114,13 +114,13 @@ class UpdateGroup:
         sent.result()
 
     def close(self) -> None:
-        """Leave, and tell the server to."""
+        """Leave the group, and tell the server to leave it."""
         with ThreadPoolExecutor(1) as pool:
             pool.submit(self._tell_to_leave)
             self._leave()
 
     def _send(self, tensors: list[tuple[str, Tensor]]) -> None:
-        """Broadcast in the order of the list, as the server receives."""
+        """Broadcast in the order of the list, which is the order in which the server receives."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # threads have their own
         works = [(name, dist.broadcast(tensor, group=self._pg, group_src=0, async_op=True)) for name, tensor in tensors]
@@ -131,17 +131,17 @@ class UpdateGroup:
                 work.wait()
             except RuntimeError as error:
                 failed = failed or f"the broadcast of {name} in group {self.name} failed: {_first_line(error)}"
-        # Raised out here: a traceback that holds works keeps the group alive, and so the line to the server open.
+        # Raised here: a traceback that refers to works keeps the group alive, and with it the connection to the server.
         del work
         if failed is not None:
             raise RuntimeError(failed)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # NCCL's wait is one of the stream only
+            torch.cuda.synchronize(self._device)  # NCCL's wait only blocks the stream
 
     def _break_off(self, posted: Future[Any], sent: Future[Any]) -> None:
-        """End what one side does without the other; it would wait out its timeout.
+        """End a broadcast or a request that has no counterpart; it would last until its timeout.
 
-        NCCL can be aborted from here. Gloo cannot: there a server that refused is told to leave, which cuts the line.
+        NCCL can be aborted from here, gloo cannot: a server that refused is told to leave, which closes the connection.
         """
         assert self._pg is not None
         self._pg.abort()
@@ -156,17 +156,17 @@ class UpdateGroup:
         is_answered(self._worker, "/destroy_weights_update_group", body, min(self._timeout_s, SHORT_S))
 
     def _leave(self) -> None:
-        """Cut the line: a server that still waits for a broadcast ends that with an error."""
+        """Close the connection: a server that still waits for a broadcast gets an error."""
         if self._pg is not None:
             dist.destroy_process_group(self._pg)
             self._pg = None
 
     def _join(self) -> None:
-        """Post the invitation while this process joins. Raises ServerError, RuntimeError, OSError."""
+        """Ask the server to join while this process joins. Raises ServerError, RuntimeError, OSError."""
         timeout = timedelta(seconds=self._timeout_s)
         address = local_address(self._worker.client.url)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        # Bound here, to the one address that the server needs: torch would listen on all.
+        # Bound here, to the one address that the server uses: torch would listen on all addresses.
         listener = socket.create_server((address, 0), family=family)
         port = listener.getsockname()[1]
         master = dist.TCPStore(
@@ -177,7 +177,7 @@ class UpdateGroup:
             timeout=timeout,
             master_listen_fd=listener.detach(),
         )
-        # A client of its own: when the master is gone, both sides give up waiting for each other.
+        # A second store as client: when the master is deleted, both sides stop waiting for each other.
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
         body = {
             "master_address": address,
@@ -196,10 +196,10 @@ class UpdateGroup:
                 del master
         invited.result()
         self._pg = joined.result()
-        self._master = master  # NCCL meets there again at its first broadcast
+        self._master = master  # NCCL uses it again at its first broadcast
 
     def _new_group(self, store: dist.Store) -> dist.ProcessGroup:
-        """What sglang's init_custom_process_group does; torch has no public call for a group beside the default one."""
+        """As sglang's init_custom_process_group; torch has no public call for a group beside the default one."""
         # NCCL ends the whole process at a timeout: it gets one that `broadcast` never lets it reach.
         seconds = self._timeout_s if self._backend == "gloo" else 2 * (self._timeout_s + _GRACE_S)
         size = 1 + self._worker.info.tp_size
@@ -217,7 +217,7 @@ class UpdateGroup:
 
 
 def local_address(url: str) -> str:
-    """The address of this machine as the server at `url` sees it. Nothing is sent. Raises OSError."""
+    """The address of this machine from which it reaches the server at `url`. Nothing is sent. Raises OSError."""
     parts = urlsplit(url)
     family, *_, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as towards:
@@ -226,7 +226,7 @@ def local_address(url: str) -> str:
 
 
 def _backend(worker: Worker) -> tuple[str, torch.device]:
-    """gloo or nccl, and where tensors must be for it. Raises UsageError where the sides do not fit."""
+    """gloo or nccl, and the device on which it needs tensors. Raises UsageError if the trainer has no such device."""
     if worker.info.device == "cpu":
         return "gloo", torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""New weights for the servers: one whole attempt, over files, messages or a process group, and the proof of it."""
+"""Sends new weights to the servers, by files, messages or a process group, and checks that they arrived."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _FLUSH_S = 30.0
 
 
 class _Method(Protocol):
-    """A way for tensors to reach servers that stand still. Every failure at a server is a SyncError."""
+    """A method to send tensors to paused servers. Every failure of a server is a SyncError."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def in_session(self) -> bool:
-        """Whether servers that know begin and end of an update want them around `send`."""
+        """Whether `send` has to stand between the begin and the end of an update, on servers that have these calls."""
 
     def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """The whole stream to every server; the last of it brings the version."""
+        """Send the whole stream to every server; the last bucket sets the version."""
 
     def abandon(self) -> None:
-        """A push failed: give up what it had open."""
+        """Clean up after a push that failed."""
 
     def close(self) -> None: ...
 
@@ -57,9 +57,9 @@ class WeightSync:
         method: tensor posts messages, distributed broadcasts in a process group, disk writes files.
         bucket_bytes: of weights in one message, or in one file.
         timeout_s: for one message.
-        folder: that the servers see too, for disk; of this run alone, what is in it goes.
-        hf_model: whose config and tokenizer go with the files.
-        vocab_size: without padding, for the fixed prompt.
+        folder: for disk; the servers can read it, and no other run uses it: its contents are removed.
+        hf_model: its config and tokenizer are written next to the files.
+        vocab_size: without padding; the fixed prompt has no token above it.
         tied: whether the unembedding is the embedding, and the servers have no tensor for it.
     """
 
@@ -86,13 +86,13 @@ class WeightSync:
         self._timeout_s, self._vocab_size, self._tied = timeout_s, vocab_size, tied
 
     def push(self, workers: Sequence[Worker], model: TrainedModel, version: str) -> None:
-        """Give all `workers` the weights that `model` has now, as `version`, and make sure that they hold them.
+        """Give all `workers` the present weights of `model` as `version`, and check that they hold them.
 
-        One whole attempt; until it is through no server counts as up to date. The servers stand still meanwhile, and
-        what they were generating is aborted. A server process that gets its first push is compared tensor by tensor.
+        One attempt; until it has succeeded no server counts as up to date. The servers are paused meanwhile, and their
+        requests are aborted. At the first push to a server process all its tensors are compared.
 
         Raises:
-            SyncError: a server failed, was late, or holds something else. What was open is ended as well as it can be.
+            SyncError: a server failed, was late, or holds other weights. Servers that still answer run again then.
             FloatingPointError: the trainer's weights have NaN or infinite values.
         """
         attempt = Attempt(workers, self._method.name, version, self._timeout_s)
@@ -113,7 +113,7 @@ class WeightSync:
             raise
         check_version(attempt)
         if unchecked:
-            # All, not the new ones alone: what one cannot compute it can compare with the others.
+            # All, not the new ones alone: checksums that cannot be computed here are compared between the servers.
             check_weights(attempt, expected)
             tokens = probe_tokens(self._vocab_size)
             check_probe(attempt, tokens, model.logprobs(tokens), expected.dtype)
@@ -121,11 +121,11 @@ class WeightSync:
             worker.version, worker.checked = version, True
 
     def close(self) -> None:
-        """Give back files and process groups. Safe to call twice."""
+        """Remove files and leave process groups. Safe to call twice."""
         self._method.close()
 
     def _pause(self, attempt: Attempt) -> None:
-        """Stop the servers and empty their caches: what is in them was computed with the old weights."""
+        """Pause the servers and empty their caches, whose contents were computed with the old weights."""
         attempt.post("pausing", "/pause_generation", {"mode": "abort"})
         deadline = time.monotonic() + min(attempt.timeout_s, _FLUSH_S)
 
@@ -134,7 +134,7 @@ class WeightSync:
                 try:
                     ask(worker, "/flush_cache", {}, attempt.timeout_s)
                     return
-                except ServerError as error:  # 400: what was aborted is not yet gone
+                except ServerError as error:  # 400: aborted requests are still running
                     if error.status != 400 or time.monotonic() > deadline:
                         raise
                 time.sleep(0.1)
@@ -142,7 +142,7 @@ class WeightSync:
         attempt.on_all("emptying the cache", flush)
 
     def _begin(self, attempt: Attempt) -> list[Worker]:
-        """Open an update on the servers that know it (404: an older one, which updates at any time); these."""
+        """Begin an update; the servers that have this call (404: an older one, which takes weights without it)."""
 
         def begin(worker: Worker) -> bool:
             try:
@@ -150,7 +150,7 @@ class WeightSync:
             except ServerError as error:
                 if error.status == 404:
                     return False
-                # One may be open still, from a push that broke off.
+                # 400: an update that a failed push began is still open.
                 if error.status != 400:
                     raise
                 ask(worker, "/end_weight_update", {}, attempt.timeout_s)
@@ -161,13 +161,13 @@ class WeightSync:
         return [worker for worker, knows in zip(attempt.workers, begun, strict=True) if knows]
 
     def _tidy_up(self, attempt: Attempt) -> None:
-        """After a failure: no update is left open, and the servers run again, each as far as it answers."""
+        """After a failure: end the update and resume the servers, as far as they answer."""
         self._method.abandon()
 
         def tidy(worker: Worker) -> None:
             patience = min(attempt.timeout_s, SHORT_S)
             if self._method.in_session and not is_answered(worker, "/end_weight_update", {}, patience):
-                patience = 1.0  # it hangs, and will find this when it goes on
+                patience = 1.0  # it hangs, and handles the next request when it answers again
             is_answered(worker, "/continue_generation", {}, patience)
 
         attempt.on_all("tidying up", tidy)
@@ -184,7 +184,7 @@ def sync_method(flag: str, server_devices: set[str], trainer_device: str) -> str
 def _watched(
     tensors: Iterable[tuple[str, Tensor]], see: Callable[[str, Tensor], None] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The stream, shown to `see`. Raises FloatingPointError at a tensor with NaN or infinite values."""
+    """The same stream; `see` is called with each tensor. Raises FloatingPointError for NaN or infinite values."""
     for name, tensor in tensors:
         # NaN goes through both extremes, without a copy of the tensor.
         if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.detach())):

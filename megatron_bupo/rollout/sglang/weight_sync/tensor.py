@@ -1,4 +1,4 @@
-"""Weight sync by message: each bucket is pickled once and posted to every server."""
+"""Weight sync by messages: each bucket is pickled once and posted to every server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt, Bucket, ask,
 
 
 class TensorMessages:
-    """POST /update_weights_from_tensor. Works on any server; costs a third more bytes than the weights have."""
+    """POST /update_weights_from_tensor. Works with any server; a message has a third more bytes than its tensors."""
 
     name = "tensor"
     in_session = True
@@ -31,7 +31,7 @@ class TensorMessages:
     def _post(self, attempt: Attempt, bucket: Bucket) -> None:
         entry = serialize(bucket.tensors)
         fixed = {"load_format": None, "flush_cache": False, "weight_version": attempt.label(bucket)}
-        # Encoded once for all servers of a size, not in each one's thread: a message is large.
+        # Encoded once for all servers of one tensor-parallel size: a message is large.
         bodies = {
             size: json.dumps(fixed | {"serialized_named_tensors": [entry] * size}).encode()
             for size in {worker.info.tp_size for worker in attempt.workers}
@@ -42,21 +42,21 @@ class TensorMessages:
         )
 
     def abandon(self) -> None:
-        """Nothing outlives a failed push."""
+        """Does nothing: there is nothing to clean up."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 def serialize(tensors: list[tuple[str, Tensor]]) -> str:
-    """base64 of the pickled (name, tensor) list; every tensor on the CPU, with its own bytes and no more.
+    """base64 of the pickled (name, tensor) list; every tensor is on the CPU and its storage has no other bytes.
 
-    Torch's serializer for other processes sends handles instead: between unrelated processes it took the server down.
+    Torch's serializer for other processes sends handles instead, which ended the server when it was no child process.
     """
     return base64.b64encode(pickle.dumps([(name, own_bytes(tensor)) for name, tensor in tensors])).decode("ascii")
 
 
 def own_bytes(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous, and not a view of something larger: a pickle holds whole storages."""
+    """The tensor on the CPU, contiguous, and not a view of a larger one: a pickle holds whole storages."""
     held = tensor.detach().to("cpu").contiguous()
     return held if held.untyped_storage().nbytes() == held.nbytes else held.clone(memory_format=torch.contiguous_format)
