@@ -46,7 +46,8 @@ def refused(case: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def start(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("bad input got as far as the process group")
 
-    for module in (entropy_flow, generate, score, train):
+    monkeypatch.setattr(generate, "processes", start)
+    for module in (entropy_flow, score, train):
         monkeypatch.setattr(module, "parallel_state", start)
 
     def run(command: str, *flags: str, out_exists: bool = False) -> str:
