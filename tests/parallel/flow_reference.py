@@ -17,21 +17,51 @@ from megatron_bupo.analysis.flow_file import METRICS, NORM_METRICS
 from megatron_bupo.samples import Rollout
 
 
-def reference_flow(model: Any, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+@torch.no_grad()
+def reference_flow(model: Any, rollouts: Sequence[Rollout], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Every number of the flow for every measured token, at temperature 1.
 
     Measured are the response tokens whose mask is 1, responses in order, each at the position that predicts it.
 
     Args:
-        model: a HuggingFace causal language model of the Llama family, fp32, eager attention.
+        model: a HuggingFace causal language model of the Llama family, fp32 or float64, eager attention.
+        dtype: of the policies and of everything that is computed from the model's states.
 
     Returns:
-        float64: [L, T] for each name of METRICS and NORM_METRICS (defined in analysis/flow_file.py); [T] for
+        `dtype`: [L, T] for each name of METRICS and NORM_METRICS (defined in analysis/flow_file.py); [T] for
         "embedding resid", "embedding resid_norm" and "full", the entropy of the full policy.
     """
-    assert model.dtype == torch.float32 and model.config._attn_implementation == "eager" and not model.training
-    parts = [_of_response(model, rollout) for rollout in rollouts]
-    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
+    assert model.config._attn_implementation == "eager" and not model.training
+    layers, normed_top = _states(model, rollouts)  # in the model's dtype
+    weight = model.get_output_embeddings().weight[: model.config.vocab_size].to(dtype)
+
+    def policy(state: Tensor) -> Tensor:
+        return torch.log_softmax(state.to(dtype) @ weight.T, dim=-1)
+
+    full = policy(normed_top)
+    embedding = layers[0]["below"]
+    resid_below = _entropy(policy(embedding))
+    flow = {"full": _entropy(full), "embedding resid": resid_below, "embedding resid_norm": _norm(embedding.to(dtype))}
+    columns: dict[str, list[Tensor]] = {name: [] for name in (*METRICS, *NORM_METRICS)}
+    for layer in layers:
+        resid = policy(layer["resid"])
+        others = {name: layer[name] for name in ("attn", "ffn", "attn_in", "ffn_in")}
+        others |= {f"{name}@norm": model.model.norm(layer[name]) for name in ("resid", "attn", "ffn")}
+        # One product for all: the unembedding is read once.
+        numbers = dict(zip(others, _entropy(policy(torch.stack(list(others.values())))), strict=True))
+        numbers["resid"] = _entropy(resid)
+        numbers["d_layer"] = numbers["resid"] - resid_below
+        numbers["d_attn"] = numbers["attn"] - numbers["attn_in"]
+        numbers["d_ffn"] = numbers["ffn"] - numbers["ffn_in"]
+        numbers["cos_attn"] = _cosine(layer["attn"].to(dtype), layer["below"].to(dtype))
+        numbers["cos_ffn"] = _cosine(layer["ffn"].to(dtype), layer["middle"].to(dtype))
+        numbers["resid_norm"] = _norm(layer["resid"].to(dtype))
+        numbers["kl_full"] = (full.exp() * (full - resid)).sum(-1)
+        numbers["top1_full"] = (full.argmax(-1) == resid.argmax(-1)).to(dtype)
+        for name, column in columns.items():
+            column.append(numbers[name])
+        resid_below = numbers["resid"]
+    return flow | {name: torch.stack(column) for name, column in columns.items()}
 
 
 def token_counts(rollouts: Sequence[Rollout]) -> list[int]:
@@ -46,45 +76,22 @@ def summarise(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     return means, errors
 
 
-@torch.no_grad()
-def _of_response(model: Any, rollout: Rollout) -> dict[str, Tensor]:
-    """The numbers of one response, [L, tokens] or [tokens]."""
-    ids = torch.tensor(rollout.prompt_tokens + rollout.response_tokens, device=model.device)
-    first = len(rollout.prompt_tokens) - 1
-    rows = [first + i for i, written in enumerate(rollout.mask) if written]
-    layers, normed_top = _capture(model, ids, rows)
-    weight = model.get_output_embeddings().weight[: model.config.vocab_size].double()
-
-    def policy(state: Tensor) -> Tensor:
-        return torch.log_softmax(state.double() @ weight.T, dim=-1)
-
-    full = policy(normed_top)
-    embedding = layers[0]["below"]
-    resid_below = _entropy(policy(embedding))
-    flow = {"full": _entropy(full), "embedding resid": resid_below, "embedding resid_norm": _norm(embedding)}
-    columns: dict[str, list[Tensor]] = {name: [] for name in (*METRICS, *NORM_METRICS)}
-    for layer in layers:
-        numbers = {name: _entropy(policy(layer[name])) for name in ("attn", "ffn", "attn_in", "ffn_in")}
-        resid = policy(layer["resid"])
-        numbers["resid"] = _entropy(resid)
-        numbers["d_layer"] = numbers["resid"] - resid_below
-        numbers["d_attn"] = numbers["attn"] - numbers["attn_in"]
-        numbers["d_ffn"] = numbers["ffn"] - numbers["ffn_in"]
-        numbers["cos_attn"] = _cosine(layer["attn"], layer["below"])
-        numbers["cos_ffn"] = _cosine(layer["ffn"], layer["middle"])
-        numbers["resid_norm"] = _norm(layer["resid"])
-        numbers["kl_full"] = (full.exp() * (full - resid)).sum(-1)
-        numbers["top1_full"] = (full.argmax(-1) == resid.argmax(-1)).double()
-        for name in ("resid", "attn", "ffn"):
-            numbers[f"{name}@norm"] = _entropy(policy(model.model.norm(layer[name])))
-        for name, column in columns.items():
-            column.append(numbers[name])
-        resid_below = numbers["resid"]
-    return flow | {name: torch.stack(column) for name, column in columns.items()}
+def _states(model: Any, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """What `_capture` keeps, of all responses: [T, H] each."""
+    parts = []
+    for rollout in rollouts:
+        ids = torch.tensor(rollout.prompt_tokens + rollout.response_tokens, device=model.device)
+        first = len(rollout.prompt_tokens) - 1
+        parts.append(_capture(model, ids, [first + i for i, written in enumerate(rollout.mask) if written]))
+    layers = [
+        {name: torch.cat([place[name] for place in places]) for name in places[0]}
+        for places in zip(*(layers for layers, _ in parts), strict=True)
+    ]
+    return layers, torch.cat([normed for _, normed in parts])
 
 
 def _capture(model: Any, ids: Tensor, rows: list[int]) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """Run one sequence [S] and keep `rows` of its states, fp32 [tokens, H] each.
+    """Run one sequence [S] and keep `rows` of its states, [tokens, H] each.
 
     Returns:
         For each layer l: below H_{l-1}, attn_in LN1(H_{l-1}), attn A_l, middle M_l, ffn_in LN2(M_l), ffn F_l and
@@ -129,8 +136,8 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 
 def _norm(state: Tensor) -> Tensor:
-    return state.double().square().sum(-1).sqrt()
+    return state.square().sum(-1).sqrt()
 
 
 def _cosine(left: Tensor, right: Tensor) -> Tensor:
-    return (left.double() * right.double()).sum(-1) / (_norm(left) * _norm(right))
+    return (left * right).sum(-1) / (_norm(left) * _norm(right))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,16 +49,29 @@ def child_environment(on_gpu: bool = False, project: Path = ROOT) -> dict[str, s
 
 
 def run_python(*command: object, on_gpu: bool = False, project: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run `python command` in the project's folder and return what it printed; without `on_gpu` on the CPU."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=project,
-        env=child_environment(on_gpu, project),
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        check=False,
+    """Run `python command` in the project's folder and return what it printed; without `on_gpu` on the CPU.
+
+    No process of it is left behind where a test is interrupted or the command hangs.
+    """
+    words, environment = [sys.executable, *map(str, command)], child_environment(on_gpu, project)
+    started = subprocess.Popen(
+        words, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    with started:
+        try:
+            out, err = started.communicate(timeout=HANG_S)
+        except BaseException:
+            kill_tree(started)
+            raise
+    return subprocess.CompletedProcess(words, started.returncode, out, err)
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for a process and all that it started; torchrun's workers are in sessions of their own."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    process.wait()
 
 
 def torchrun(processes: int, *command: object, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:

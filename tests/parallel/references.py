@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from megatron_bupo.policy_spec import PolicySpec
@@ -37,6 +38,20 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # so short that the scaling acts on these sequences
 }
+
+
+class Float64(TorchFunctionMode):
+    """Within it a float64 model of transformers computes in float64 throughout.
+
+    Whatever the model's dtype, its code asks for fp32 in norms, in the attention's softmax and in rotary angles.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 def configs() -> dict[str, Any]:

@@ -8,11 +8,19 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.parallel.launch import HANG_S, LAYOUTS, ROOT, assert_passed, child_environment, run_python, torchrun
+from tests.parallel.launch import (
+    HANG_S,
+    LAYOUTS,
+    ROOT,
+    assert_passed,
+    child_environment,
+    kill_tree,
+    run_python,
+    torchrun,
+)
 from tests.parallel.resume_worker import STEPS, differences, stopped_after, timeless, train_words
 
 DP2 = ["--use-distributed-optimizer"]
@@ -95,10 +103,7 @@ def test_sigkill_and_the_same_command_again(dtype: list[str], train_cases: Path,
     deadline = time.monotonic() + HANG_S
     while not (run / "iter_0000002").is_dir() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
-    # The launcher's workers are in sessions of their own.
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        victim.kill()
-    process.wait()
+    kill_tree(process)
     assert not (tmp_path / "out").exists(), "it was killed too late to test anything"
     assert_passed(torchrun(2, "-m", "megatron_bupo", *words))
     assert differences(whole / "out", tmp_path / "out") == []
