@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.weights.hf_files import write_hf_folder
 
@@ -54,7 +54,7 @@ def make_model(folder: Path, gigabytes: float, shard_bytes: int) -> int:
     template = folder.with_name("template")
     template.mkdir(parents=True)
     (template / "config.json").write_text(json.dumps(config))
-    shapes = table_for(Architecture.from_hf(template)).hf_shapes()
+    shapes = table_for(read_architecture(template)).hf_shapes()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 22, generator=generator).bfloat16()
     total = 0

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.samples import Rollout
@@ -221,7 +222,7 @@ def mean_entropies(mean: Any, num_layers: int) -> Tensor:
 
 def compare(args: argparse.Namespace, hf_model: Any, folder: str, name_of_model: str) -> None:
     """Let the implementations take turns, and print what they took; each one's first call warms up."""
-    arch = Architecture.from_hf(folder)
+    arch = read_architecture(folder)
     rollouts = make_rollouts(args, arch.vocab_size)
     num_tokens = sum(len(rollout.response_tokens) for rollout in rollouts)
     flops, products = count_flops(arch, rollouts), Products(arch, hf_model.dtype)

@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.samples import Rollout
@@ -30,7 +30,7 @@ PROMPT_LENGTH, RESPONSE_LENGTH = 16, 128
 def measure_here(args: argparse.Namespace) -> None:
     """What each process of a layout does; the first one prints."""
     torch.set_num_threads(max(1, args.cores // args.processes))
-    arch = Architecture.from_hf(args.hf_model)
+    arch = read_architecture(args.hf_model)
     rng = random.Random(0)
 
     def tokens(count: int) -> list[int]:

@@ -68,7 +68,7 @@ def make_rollouts(args: argparse.Namespace, vocab_size: int) -> list[Rollout]:
 
 def ours(args: argparse.Namespace) -> Update:
     """One process of megatron_bupo, its defaults."""
-    from megatron_bupo.architectures.architecture import Architecture
+    from megatron_bupo.architectures.families import read_architecture
     from megatron_bupo.config.train import AlgorithmConfig, OptimizerConfig, ParallelConfig
     from megatron_bupo.data.packing import pack_for
     from megatron_bupo.parallel.setup import parallel_state
@@ -79,7 +79,7 @@ def ours(args: argparse.Namespace) -> Update:
     state = OPEN.enter_context(parallel_state(ParallelConfig(), seed=0))
     from megatron_bupo.training.actor import Actor, make_objective
 
-    arch = Architecture.from_hf(args.hf_model)
+    arch = read_architecture(args.hf_model)
     specs = (PolicySpec("layer", args.layer, False), PolicySpec())
     weights = HFWeights(args.hf_model)
     actor = Actor(arch, weights, ParallelConfig(), OptimizerConfig(), state, dtype_of(args), specs)

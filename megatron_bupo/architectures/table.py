@@ -1,23 +1,17 @@
 """The weight table: which HuggingFace tensors are which Megatron parameters, and in what layout.
 
 Declarative and invertible: loading, the converters and the weight sync to a rollout engine all read this one table and
-have no mapping of their own. A new model is a list of mappings beside llama.py and a line in `_LAYERS`.
+have no mapping of their own.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_bupo.architectures.architecture import Architecture
-from megatron_bupo.architectures.layouts import Mapping, Shape
-from megatron_bupo.architectures.llama import EMBEDDING, FINAL_NORM, LLAMA_LAYER, TIED_UNEMBEDDING, UNEMBEDDING
-from megatron_bupo.architectures.qwen2 import QWEN2_LAYER
-from megatron_bupo.architectures.qwen3 import QWEN3_LAYER
-
-_LAYERS = {"llama": LLAMA_LAYER, "qwen2": QWEN2_LAYER, "qwen3": QWEN3_LAYER}
-_LAYER_INDEX = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
+from megatron_bupo.architectures.families import families
+from megatron_bupo.architectures.mapping import Mapping, Shape, split_layer
 
 
 @dataclass(frozen=True)
@@ -33,9 +27,7 @@ class WeightTable:
         `megatron_name` has the global layer index, in the local or transformer-engine's spelling. A name that the
         table does not have is an error of the program.
         """
-        match = _LAYER_INDEX.search(megatron_name)
-        layer = int(match[0]) if match else None
-        template = _LAYER_INDEX.sub("{layer}", megatron_name)
+        template, layer = split_layer(megatron_name)
         for mapping in self.mappings:
             if template in (mapping.megatron, mapping.te):
                 assert layer is None or layer < self.arch.num_layers, f"{megatron_name}: no such layer"
@@ -65,5 +57,4 @@ class WeightTable:
 
 def table_for(arch: Architecture) -> WeightTable:
     """The weight table of an architecture."""
-    unembedding = TIED_UNEMBEDDING if arch.tied else UNEMBEDDING
-    return WeightTable(arch, (EMBEDDING, *_LAYERS[arch.family], FINAL_NORM, unembedding))
+    return WeightTable(arch, families()[arch.family].mappings(arch.tied))

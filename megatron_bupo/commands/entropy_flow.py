@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_bupo.analysis.flow_file import EntropyFlow, check_measurable, span_text, write_flow
 from megatron_bupo.analysis.flow_plots import draw_flows
-from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.architecture import check_layout
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import EntropyFlowConfig
 from megatron_bupo.data.rollout_files import read_rollouts, write_rollouts
@@ -22,7 +23,7 @@ from megatron_bupo.weights.hf_files import HFWeights
 def run(config: EntropyFlowConfig) -> None:
     """Check all input; generate responses where only prompts are given; measure and draw."""
     folder = config.model.hf_model
-    arch = Architecture.from_hf(folder)
+    arch = read_architecture(folder)
     check_layout(arch, config.parallel)
     if arch.num_layers < 2:
         raise UsageError(f"--hf-model {folder}: the model has 1 layer; a flow from layer to layer needs 2 or more")

@@ -11,7 +11,7 @@ from megatron_bupo.analysis.side_by_side import (
     open_console,
     print_side_by_side,
 )
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import GenerateConfig
 from megatron_bupo.data.rollout_files import write_rollouts
@@ -24,7 +24,7 @@ from megatron_bupo.weights.hf_files import HFWeights
 
 def run(config: GenerateConfig) -> None:
     """Generate with the embedded engine, each process taking its share of the requests."""
-    arch = Architecture.from_hf(config.model.hf_model)
+    arch = read_architecture(config.model.hf_model)
     specs = config.policies
     for spec in specs:
         spec.check(arch.num_layers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.architecture import check_layout
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
@@ -14,7 +15,7 @@ from megatron_bupo.weights.hf_files import HFWeights
 def run(config: ScoreConfig) -> None:
     """Check all input, then start the process groups and score."""
     parallel = config.parallel
-    arch = Architecture.from_hf(config.model.hf_model)
+    arch = read_architecture(config.model.hf_model)
     check_layout(arch, parallel)
     spec = PolicySpec.parse(config.policy)
     spec.check(arch.num_layers)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_bupo.architectures.mapping import split_layer
 from megatron_bupo.conversion.stored_model import Parameter, StoredModel
 from megatron_bupo.conversion.workers import Ranks, in_threads
 from megatron_bupo.weights.hf_files import HFWeights
 
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
@@ -71,7 +70,7 @@ def table_text(compared: Iterable[Compared]) -> str:
     groups: dict[str, list[Compared]] = {}
     different = []
     for one in compared:
-        groups.setdefault(_LAYER.sub("*", one.name), []).append(one)
+        groups.setdefault(split_layer(one.name)[0].format(layer="*"), []).append(one)
         if one.num_different:
             different.append(one)
     width = max(len(name) for name in groups)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.architecture import check_layout
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.paths import HF
 from megatron_bupo.config.train import ParallelConfig
@@ -23,7 +24,6 @@ from megatron_bupo.conversion.stored_model import (
     StoredPiece,
     finish_folder,
     stored_dtypes,
-    stored_key,
     write_pieces,
 )
 from megatron_bupo.conversion.workers import Ranks, in_threads
@@ -52,15 +52,15 @@ def hf_to_megatron(
     Raises:
         UsageError: on every rank, whatever is wrong with the folder, its tensors, the layout or the output.
     """
-    arch = Architecture.from_hf(hf_model)
+    arch = read_architecture(hf_model)
     check_layout(arch, parallel)
     table, weights = table_for(arch), HFWeights(hf_model)
     weights.check(table)
-    slot = ranks.slot(parallel)
+    place = ranks.place(parallel)
     ranks.first(lambda: check_checkpoint_output(output, force))
     dtypes = stored_dtypes(weights, table)
     total = sum(
-        dtypes[stored_key(mapping)].itemsize * torch.Size(shape).numel()
+        dtypes[mapping.stored_key].itemsize * torch.Size(shape).numel()
         for mapping, _ in table
         if mapping.export
         for shape in mapping.layout.hf_shapes(arch)
@@ -69,18 +69,18 @@ def hf_to_megatron(
     folder = partial / RELEASE
 
     def write(done: Callable[[int], None]) -> list[StoredPiece]:
-        if slot is None:
+        if place is None:
             return []
 
         def one_file(worker: int, parameters: Iterator[Parameter]) -> list[StoredPiece]:
             path = folder / f"__{ranks.rank}_{worker}.distcp"
-            return write_pieces(path, parameters, weights, arch, slot, dtypes, done)
+            return write_pieces(path, parameters, weights, arch, place, dtypes, done)
 
-        return [piece for pieces in in_threads(slot.parameters(table), one_file) for piece in pieces]
+        return [piece for pieces in in_threads(place.parameters(table), one_file) for piece in pieces]
 
     def finish() -> None:
         write_hf_side(hf_model, partial / HF, table, weights)
-        finish_folder(folder, table, pieces, dtypes)
+        finish_folder(folder, table, pieces, dtypes, parallel.tensor_model_parallel_size)
         (partial / TRACKER).write_text(RELEASE)
 
     with written_beside(output) if ranks.rank == 0 else nullcontext():
@@ -106,7 +106,7 @@ def megatron_to_hf(
         UsageError: on every rank, whatever is wrong with the checkpoint, its tensors or the output.
     """
     found = find_checkpoint(checkpoint)
-    stored = StoredModel(found.folder, table_for(Architecture.from_hf(found.hf)))
+    stored = StoredModel(found.folder, table_for(read_architecture(found.hf)))
     source = TensorMap.read(found.hf, stored.table)
     target = _target(source, stored, found, dtype)
 

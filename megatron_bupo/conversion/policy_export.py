@@ -12,8 +12,8 @@ from string import Template
 
 import torch
 
-from megatron_bupo.architectures.architecture import FAMILIES, Architecture
-from megatron_bupo.architectures.llama import FINAL_NORM
+from megatron_bupo.architectures.families import families, read_architecture
+from megatron_bupo.architectures.family import FINAL_NORM
 from megatron_bupo.architectures.table import WeightTable, table_for
 from megatron_bupo.conversion.convert import write_hf
 from megatron_bupo.conversion.stored_model import StoredModel
@@ -82,7 +82,7 @@ def export_policy(
     """
     assert not spec.is_full
     found = find_checkpoint(checkpoint)
-    arch = Architecture.from_hf(found.hf)
+    arch = read_architecture(found.hf)
     spec.check(arch.num_layers)
     stored = StoredModel(found.folder, table_for(arch))
     source = TensorMap.read(found.hf, stored.table)
@@ -100,16 +100,15 @@ def export_policy(
     return write_hf(stored, target, output, companions, ranks, force)
 
 
-def modeling_file(family: str, spec: PolicySpec) -> str:
+def modeling_file(model_type: str, spec: PolicySpec) -> str:
     """The source text of the exported folder's modeling file."""
-    model = FAMILIES[family]
-    state = f"{_STATES[spec.module]}_{spec.layer}"
+    family, state = families()[model_type], f"{_STATES[spec.module]}_{spec.layer}"
     return _MODELING.substitute(
         policy=spec,
-        family=family,
+        family=model_type,
         formula=f"norm({state}) W^T" if spec.norm else f"{state} W^T",
-        model=model,
-        config=model.replace("ForCausalLM", "Config"),
+        model=family.model_class,
+        config=family.config_class,
         model_type=MODEL_TYPE,
         norm_words=", through the final norm" if spec.norm else " as it is",
     )

@@ -7,6 +7,7 @@ tensor-parallel ranks. The tests compare with what megatron-core itself writes a
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,11 +28,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_bupo.architectures.architecture import Architecture
-from megatron_bupo.architectures.layouts import GateUp, Mapping, Replicated, RowParallel, Shape, VocabParallel
+from megatron_bupo.architectures.mapping import WHOLE, Mapping, Shape, Shard
 from megatron_bupo.architectures.table import WeightTable
 from megatron_bupo.errors import UsageError
 from megatron_bupo.weights.disk import SteadyFile
-from megatron_bupo.weights.dist_checkpoint import FORMAT_FILE, LOCAL_KEYS, METADATA_FILE, read_metadata
+from megatron_bupo.weights.dist_checkpoint import FORMAT_FILE, METADATA_FILE, read_metadata
 from megatron_bupo.weights.hf_files import HFWeights, check_finite
 
 Parameter = tuple[Mapping, "int | None"]
@@ -42,26 +43,16 @@ _FORMAT = (
 )
 
 
-def stored_key(mapping: Mapping) -> str:
-    """Such as `decoder.layers.mlp.linear_fc1.weight`: without the layer's index, in transformer-engine's spelling."""
-    return (mapping.te or mapping.megatron).replace("layers.{layer}.", "layers.")
-
-
 def stored_shape(mapping: Mapping, arch: Architecture, tp_size: int = 1) -> Shape:
-    """The shape under `stored_key`: [layers, ...] for what is in every layer."""
-    shapes = mapping.layout.hf_shapes(arch)
-    rows = sum(shape[0] for shape in shapes)
-    if isinstance(mapping.layout, VocabParallel):
-        rows = arch.padded_vocab_size(tp_size)
-    return (*((arch.num_layers,) if mapping.per_layer else ()), rows, *shapes[0][1:])
+    """The shape under `Mapping.stored_key`: [layers, ...] for what is in every layer."""
+    return (*((arch.num_layers,) if mapping.per_layer else ()), *mapping.layout.whole_shape(arch, tp_size))
 
 
 @dataclass(frozen=True)
-class Slot:
+class RankInLayout:
     """A rank's place in a TP x PP x VPP layout: the slices and layers that it reads and writes."""
 
-    tp_rank: int = 0
-    tp_size: int = 1
+    shard: Shard = WHOLE
     pp_rank: int = 0
     pp_size: int = 1
     vpp_size: int = 1
@@ -73,7 +64,7 @@ class Slot:
             for mapping, layer in table
             if mapping.export
             and self._stage(table, mapping, layer) == self.pp_rank
-            and not (isinstance(mapping.layout, Replicated) and self.tp_rank)
+            and (mapping.layout.split_dim is not None or self.shard.rank == 0)
         ]
 
     def _stage(self, table: WeightTable, mapping: Mapping, layer: int | None) -> int:
@@ -98,7 +89,7 @@ def stored_dtypes(weights: HFWeights, table: WeightTable) -> dict[str, torch.dty
     for mapping, layer in table:
         for name in mapping.hf_names(layer):
             dtype = weights.dtype(name)
-            key = stored_key(mapping)
+            key = mapping.stored_key
             dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
     return dtypes
 
@@ -108,7 +99,7 @@ def write_pieces(
     parameters: Iterator[Parameter],
     weights: HFWeights,
     arch: Architecture,
-    slot: Slot,
+    place: RankInLayout,
     dtypes: dict[str, torch.dtype],
     done: Callable[[int], None],
 ) -> list[StoredPiece]:
@@ -116,34 +107,28 @@ def write_pieces(
     written = []
     with SteadyFile(path) as file:
         for mapping, layer in parameters:
-            key = stored_key(mapping)
-            for offsets, tensor in _pieces(mapping, layer, weights, arch, slot):
+            key = mapping.stored_key
+            for offsets, tensor in _pieces(mapping, layer, weights, arch, place.shard):
                 start = file.tell()
                 torch.save(_alone(tensor.to(dtypes[key])), cast(IO[bytes], file))
-                place = _StorageInfo(path.name, start, file.tell() - start)
-                written.append(StoredPiece(key, offsets, tuple(tensor.shape), place))
+                lies = _StorageInfo(path.name, start, file.tell() - start)
+                written.append(StoredPiece(key, offsets, tuple(tensor.shape), lies))
                 done(tensor.nbytes)
     return written
 
 
 def _pieces(
-    mapping: Mapping, layer: int | None, weights: HFWeights, arch: Architecture, slot: Slot
+    mapping: Mapping, layer: int | None, weights: HFWeights, arch: Architecture, shard: Shard
 ) -> Iterator[tuple[Shape, Tensor]]:
     """(offsets in the stacked tensor, piece) of one parameter's slice."""
     slices = [weights.slice(name) for name in mapping.hf_names(layer)]
     layers: Shape = () if layer is None else (layer,)
-    if isinstance(mapping.layout, GateUp):
-        rows = arch.ffn_hidden_size // slot.tp_size
-        start = slot.tp_rank * rows
-        for at, part in enumerate(slices):
-            yield (*layers, at * arch.ffn_hidden_size + start, 0), part[start : start + rows][None]
-        return
-    shard = mapping.layout.shard(slices, arch, slot.tp_rank, slot.tp_size)
-    offsets = [0] * shard.dim()
-    if not isinstance(mapping.layout, Replicated):
-        dimension = int(isinstance(mapping.layout, RowParallel))
-        offsets[dimension] = slot.tp_rank * shard.shape[dimension]
-    yield (*layers, *offsets), shard[None] if mapping.per_layer else shard
+    split_dim = mapping.layout.split_dim
+    for at, part in enumerate(mapping.layout.parts(slices, arch, shard)):
+        offsets = [0] * part.dim()
+        if split_dim is not None:
+            offsets[split_dim] = (at * shard.size + shard.rank) * part.shape[split_dim]
+        yield (*layers, *offsets), part[None] if mapping.per_layer else part
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -152,17 +137,15 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def finish_folder(folder: Path, table: WeightTable, pieces: list[StoredPiece], dtypes: dict[str, torch.dtype]) -> None:
+def finish_folder(
+    folder: Path, table: WeightTable, pieces: list[StoredPiece], dtypes: dict[str, torch.dtype], tp_size: int
+) -> None:
     """Write what makes the pieces of all ranks a checkpoint; the file by which megatron-core knows one comes last."""
-    tp_rows = max(piece.offsets[0] + piece.sizes[0] for piece in pieces if piece.key.startswith("embedding."))
     described: dict[str, Any] = {}
     for mapping, layer in table:
         if not mapping.export or layer:
             continue
-        key = stored_key(mapping)
-        shape = stored_shape(mapping, table.arch)
-        if isinstance(mapping.layout, VocabParallel):
-            shape = (tp_rows, *shape[1:])
+        key, shape = mapping.stored_key, stored_shape(mapping, table.arch, tp_size)
         mine = sorted((piece for piece in pieces if piece.key == key), key=lambda piece: piece.offsets)
         chunks = [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in mine]
         described[key] = TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(shape), chunks)
@@ -216,18 +199,20 @@ class StoredModel:
         return {"lm_head.weight": dtypes["model.embed_tokens.weight"]} | dtypes
 
     def _key(self, mapping: Mapping) -> str:
-        key = stored_key(mapping)
-        return key if key in self._described else LOCAL_KEYS.get(key, key)
+        return mapping.stored_key if mapping.stored_key in self._described else mapping.local_key
 
     def hf_tensors(self, mapping: Mapping, layer: int | None) -> tuple[Tensor, ...]:
         """The HuggingFace tensors of one parameter, whole, without padding, in the stored dtype."""
         key, arch = self._key(mapping), self.table.arch
         shapes = mapping.layout.hf_shapes(arch)
         start: Shape = () if layer is None else (layer,)
-        if isinstance(mapping.layout, GateUp):  # each lies alone, as a rule: nothing to join and to part again
-            gate = self._region(key, (*start, 0, 0), shapes[0])
-            return gate, self._region(key, (*start, shapes[0][0], 0), shapes[1])
-        whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if mapping.layout.num_joined > 1:  # each lies alone, as a rule: nothing to join and to part again
+            ends = itertools.accumulate(shape[0] for shape in shapes)
+            return tuple(
+                self._region(key, (*start, end - shape[0], *(0 for _ in shape[1:])), shape)
+                for end, shape in zip(ends, shapes, strict=True)
+            )
+        whole = mapping.layout.whole_shape(arch)
         return mapping.layout.merge([self._region(key, (*start, *(0 for _ in whole)), whole)], arch)
 
     def _region(self, key: str, start: Shape, shape: Shape) -> Tensor:
@@ -271,7 +256,7 @@ class StoredModel:
             if key not in self._described:
                 raise UsageError(f"{self.folder} has no tensor {key}; the config.json of the checkpoint asks for it")
             found, wanted = tuple(self._described[key].size), stored_shape(mapping, self.table.arch)
-            padded = isinstance(mapping.layout, VocabParallel) and found[0] >= wanted[0] and found[1:] == wanted[1:]
+            padded = mapping.layout.padded and found[0] >= wanted[0] and found[1:] == wanted[1:]
             if found != wanted and not padded:
                 raise UsageError(f"{key} in {self.folder} is {list(found)}; its config.json asks for {list(wanted)}")
         for key in self._described:

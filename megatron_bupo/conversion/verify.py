@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.conversion.compare import compare, table_text
@@ -34,7 +35,7 @@ def run(hf_model: str, checkpoint: str, parallel: ParallelConfig, with_logits: b
         UsageError: a folder that cannot be read, or is of another architecture than the other.
     """
     found = find_checkpoint(checkpoint)
-    arch, other = Architecture.from_hf(hf_model), Architecture.from_hf(found.hf)
+    arch, other = read_architecture(hf_model), read_architecture(found.hf)
     check_layout(arch, parallel)
     if arch != other:
         fields = [name for name in arch.__dataclass_fields__ if getattr(arch, name) != getattr(other, name)]
@@ -73,7 +74,7 @@ def _our_logits(arch: Architecture, folder: Path, parallel: ParallelConfig, stat
     from megatron_bupo.weights.dist_checkpoint import load_model
 
     chunks = build_model(arch, parallel, state, torch.float32)
-    load_model(chunks, folder)
+    load_model(chunks, folder, table_for(arch))
     logits = policy_logits(chunks, _sample_tokens(arch.vocab_size), PolicySpec(), state, arch.vocab_size)
     everywhere: list[Tensor | None] = [None] * state.world_size
     dist.all_gather_object(everywhere, None if logits is None or not state.reports else logits.cpu())

@@ -12,9 +12,10 @@ from typing import TypeVar
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_bupo.architectures.mapping import Shard
 from megatron_bupo.config import launch
 from megatron_bupo.config.train import ParallelConfig
-from megatron_bupo.conversion.stored_model import Slot
+from megatron_bupo.conversion.stored_model import RankInLayout
 from megatron_bupo.errors import UsageError
 
 Result = TypeVar("Result")
@@ -52,15 +53,15 @@ class Ranks:
         """`work` on rank 0; what it finds wrong, all ranks raise. A barrier."""
         self.everywhere(work if self.rank == 0 else lambda: None)
 
-    def slot(self, parallel: ParallelConfig) -> Slot | None:
+    def place(self, parallel: ParallelConfig) -> RankInLayout | None:
         """This rank's place in megatron-core's order (TP, DP, PP); None where another replica does the same."""
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         replicas, rest = divmod(self.world_size, tensor * pipeline)
         assert rest == 0, "ParallelConfig.check_world"
         if self.rank // tensor % replicas:
             return None
-        stage = self.rank // (tensor * replicas)
-        return Slot(self.rank % tensor, tensor, stage, pipeline, parallel.num_virtual_stages_per_pipeline_rank)
+        stage, shard = self.rank // (tensor * replicas), Shard(self.rank % tensor, tensor)
+        return RankInLayout(shard, stage, pipeline, parallel.num_virtual_stages_per_pipeline_rank)
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.mapping import Shard
+from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.model.build import HiddenStateModel, build_model
@@ -46,13 +48,13 @@ class ParallelModel:
         if converted is None:
             self._load(weights)
         else:
-            load_model(self.chunks, converted)
+            load_model(self.chunks, converted, table_for(arch))
 
     def _load(self, weights: HFWeights) -> None:
         """Fill the parameters; what one rank finds wrong in its slices, every rank raises."""
         error: UsageError | None = None
         try:
-            load_hf(self.named_parameters(), weights, self.arch, self.state.tp_rank, self.state.tp_size)
+            load_hf(self.named_parameters(), weights, self.arch, Shard(self.state.tp_rank, self.state.tp_size))
         except UsageError as found:
             error = found
         errors: list[UsageError | None] = [None] * self.state.world_size

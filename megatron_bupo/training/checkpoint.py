@@ -65,7 +65,7 @@ def save_checkpoint(actor: Actor, save: Path, run_state: RunState, source: Path,
 
 def load_checkpoint(actor: Actor, folder: Path, state: RunState) -> None:
     """Fill parameters and Adam's state from SAVE/iter_*, in this run's layout; a collective."""
-    load_model(actor.chunks, folder)
+    load_model(actor.chunks, folder, table_for(actor.arch))
     optimizer = actor.optimizer_state()
     room = optimizer.sharded(model_state(actor.chunks), empty=True)
     optimizer.restore(load_sharded(room, folder), state.optimizer_steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -10,14 +9,15 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
+from megatron_bupo.architectures.mapping import split_layer
 from megatron_bupo.parallel.setup import ParallelState
 
 
 def _part(name: str) -> str:
     """The part of the network that a parameter belongs to: layer_07, embedding, unembedding or final_norm."""
-    match = re.match(r"decoder\.layers\.(\d+)\.", name)
-    if match:
-        return f"layer_{int(match[1]) + 1:02d}"
+    layer = split_layer(name)[1]
+    if layer is not None:
+        return f"layer_{layer + 1:02d}"
     if name.startswith("embedding."):
         return "embedding"
     return "final_norm" if name.startswith("decoder.") else "unembedding"

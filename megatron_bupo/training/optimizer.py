@@ -8,7 +8,6 @@ have no gradient and are skipped, as torch skips them: values, moments and step 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +19,11 @@ from megatron.core.optimizer import ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from torch import nn
 
+from megatron_bupo.architectures.mapping import split_layer
 from megatron_bupo.config.train import OptimizerConfig
 from megatron_bupo.policy_spec import PolicySpec
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-_AFTER_ATTENTION = ("pre_mlp_layernorm.", "mlp.")
+_AFTER_ATTENTION = ("decoder.layers.{layer}.pre_mlp_layernorm.", "decoder.layers.{layer}.mlp.")
 
 
 def trains(spec: PolicySpec, name: str) -> bool:
@@ -40,14 +39,13 @@ def trains(spec: PolicySpec, name: str) -> bool:
         return True
     if name.startswith("decoder.final_layernorm."):
         return spec.norm
-    match = _LAYER.fullmatch(name)
-    if match is None:
+    template, layer = split_layer(name)
+    if layer is None:
         return True  # embedding and unembedding
-    layer, rest = int(match[1]) + 1, match[2]
     assert spec.layer is not None
-    if layer == spec.layer and spec.module == "attn":
-        return not rest.startswith(_AFTER_ATTENTION)
-    return layer <= spec.layer
+    if layer + 1 == spec.layer and spec.module == "attn":
+        return not template.startswith(_AFTER_ATTENTION)
+    return layer < spec.layer
 
 
 class PhaseOptimizer:

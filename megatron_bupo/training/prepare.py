@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_bupo.analysis.flow_file import EntropyFlow
 from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config import launch
 from megatron_bupo.config.train import TrainConfig
@@ -63,7 +64,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
     Raises:
         UsageError: the model, data, user functions, servers or checkpoint do not fit the flags or each other.
     """
-    arch = Architecture.from_hf(config.model.hf_model)
+    arch = read_architecture(config.model.hf_model)
     check_layout(arch, config.parallel)
     layer = layer_of_run(config)
     layer_is_open = config.schedule.is_auto and layer is None

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException, Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_bupo.architectures.llama import LLAMA_LAYER
+from megatron_bupo.architectures.table import WeightTable
 from megatron_bupo.errors import UsageError
 from megatron_bupo.weights.sharding import global_name
 
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 METADATA_FILE, FORMAT_FILE = ".metadata", "metadata.json"
-# The norms' keys where somebody saved a local layer spec under its own names: read, never written.
-LOCAL_KEYS = {
-    mapping.te.replace("layers.{layer}.", "layers."): mapping.megatron.replace("layers.{layer}.", "layers.")
-    for mapping in LLAMA_LAYER
-    if mapping.te is not None
-}
 
 
 def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
@@ -92,8 +86,10 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder))
 
 
-def load_model(chunks: Sequence[GPTModel], folder: Path) -> None:
+def load_model(chunks: Sequence[GPTModel], folder: Path, table: WeightTable) -> None:
     """Fill the parameters of this rank's model chunks in place, cast to their dtype. A collective.
+
+    Both spellings of the names are read: transformer-engine's, which is written, and the local layer spec's own.
 
     Raises:
         UsageError: as `load_sharded`; a tensor of the model that is not there, or has another shape.
@@ -109,9 +105,10 @@ def load_model(chunks: Sequence[GPTModel], folder: Path) -> None:
         for key, entry in read_metadata(folder).state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
+    local_keys = {mapping.stored_key: mapping.local_key for mapping in table.mappings}
     for part in nested_values(state):
-        if part.key not in stored and LOCAL_KEYS.get(part.key) in stored:
-            part.key = LOCAL_KEYS[part.key]
+        if part.key not in stored and local_keys.get(part.key) in stored:
+            part.key = local_keys[part.key]
         if part.key not in stored:
             raise UsageError(f"{folder} has no tensor {part.key}; it is a checkpoint of another model")
         shape = stored[part.key]

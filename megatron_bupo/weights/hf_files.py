@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bupo.architectures.layouts import Shape, SliceLike
+from megatron_bupo.architectures.mapping import Shape, SliceLike
 from megatron_bupo.architectures.table import WeightTable
 from megatron_bupo.errors import UsageError
 

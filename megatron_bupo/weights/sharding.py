@@ -6,7 +6,6 @@ model, whatever the pipeline stage or the virtual stage.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -14,16 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bupo.architectures.architecture import Architecture
-from megatron_bupo.architectures.layouts import Mapping, Replicated
+from megatron_bupo.architectures.mapping import WHOLE, Mapping, Shard, split_layer
 from megatron_bupo.architectures.table import WeightTable, table_for
 from megatron_bupo.weights.hf_files import HFWeights
-
-_LOCAL_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
 
 def global_name(local_name: str, layer_offset: int) -> str:
     """`decoder.layers.{i}...` with the stage's local index made global; `layer_offset` layers come before it."""
-    return _LOCAL_LAYER.sub(lambda match: str(int(match[0]) + layer_offset), local_name)
+    template, layer = split_layer(local_name)
+    return local_name if layer is None else template.format(layer=layer + layer_offset)
 
 
 def global_named_parameters(chunks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -42,8 +40,7 @@ def load_hf(
     named_params: Iterable[tuple[str, nn.Parameter]],
     weights: HFWeights,
     arch: Architecture,
-    tp_rank: int = 0,
-    tp_size: int = 1,
+    shard: Shard = WHOLE,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill this rank's parameters from the files, reading only its slices, cast to each parameter's dtype.
@@ -61,10 +58,10 @@ def load_hf(
     for done, (name, parameter) in enumerate(params.items(), start=1):
         mapping, layer = table.lookup(name)
         slices = [weights.slice(hf_name) for hf_name in mapping.hf_names(layer)]
-        shard = mapping.layout.shard(slices, arch, tp_rank, tp_size)
-        assert shard.shape == parameter.shape, f"{name}: {list(shard.shape)} for {list(parameter.shape)}"
+        ours = mapping.layout.shard(slices, arch, shard)
+        assert ours.shape == parameter.shape, f"{name}: {list(ours.shape)} for {list(parameter.shape)}"
         with torch.no_grad():
-            parameter.copy_(shard)
+            parameter.copy_(ours)
         if progress is not None:
             progress(done, len(params))
 
@@ -130,7 +127,7 @@ def _owners(
 
 
 def _gather(mapping: Mapping, shard: Tensor, tp_size: int, tp_group: dist.ProcessGroup | None) -> list[Tensor]:
-    if tp_size == 1 or isinstance(mapping.layout, Replicated):
+    if tp_size == 1 or mapping.layout.split_dim is None:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(tp_size)]
     dist.all_gather(shards, shard.contiguous(), group=tp_group)

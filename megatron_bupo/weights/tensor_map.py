@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_bupo.architectures.layouts import Shape
+from megatron_bupo.architectures.mapping import Shape
 from megatron_bupo.architectures.table import WeightTable
 from megatron_bupo.errors import UsageError
 from megatron_bupo.weights.hf_files import DTYPES, SINGLE_FILE, HFWeights, copy_companions

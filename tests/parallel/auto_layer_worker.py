@@ -11,7 +11,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.model.scoring import ModelForEngine
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.rollout.led_model import LedModel
@@ -43,7 +43,7 @@ def main() -> None:
     with parallel_state(config.parallel, seed=1) as state:
         source = ServedReplay(rollouts, state)
         gc.disable()  # memory must not wait for a search for cycles
-        flow = choose_layer(config, Architecture.from_hf(folder), HFWeights(folder), None, FirstStepKept(source), state)
+        flow = choose_layer(config, read_architecture(folder), HFWeights(folder), None, FirstStepKept(source), state)
         alive = sum(part() is not None for part in source.given)
     if flow.suggested_layer != 2 or not source.given or alive:
         sys.exit(f"layer {flow.suggested_layer}; {alive} of {len(source.given)} parts of the model are alive")

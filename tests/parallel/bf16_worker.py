@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.weights.hf_files import HFWeights
@@ -151,7 +151,7 @@ def score(cases: Path, state: ParallelState) -> list[str]:
 
     folder, rollouts = cases / "qwen3-tied", random_rollouts(8, seed=2)
     config = config_for(cases, "qwen3-tied", "full", [])
-    model = ParallelModel(Architecture.from_hf(folder), HFWeights(folder), config.parallel, state, torch.bfloat16)
+    model = ParallelModel(read_architecture(folder), HFWeights(folder), config.parallel, state, torch.bfloat16)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     worst = {}
     for policy in SCORED:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
+from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.command_line import read_flags
 from megatron_bupo.config.converters import LayoutConfig
 from megatron_bupo.config.train import ParallelConfig
@@ -48,7 +49,7 @@ def check_case(source: Path, at_one: Path, mine: Path, parallel: ParallelConfig,
     """What is wrong with one case, in words."""
     from megatron_bupo.model.build import build_model
 
-    arch, weights, ranks = Architecture.from_hf(source), HFWeights(source), Ranks(state.rank, state.world_size)
+    arch, weights, ranks = read_architecture(source), HFWeights(source), Ranks(state.rank, state.world_size)
     wrong = []
     converted, saved = mine / "converted", mine / "saved"
     hf_to_megatron(source, converted, parallel, ranks)
@@ -56,11 +57,11 @@ def check_case(source: Path, at_one: Path, mine: Path, parallel: ParallelConfig,
     with torch.no_grad():
         for _, parameter in global_named_parameters(chunks):
             parameter.fill_(float("nan"))
-    load_model(chunks, at_one / "release")
+    load_model(chunks, at_one / "release", table_for(arch))
     for name, tensor in hf_tensors(global_named_parameters(chunks), arch, state.tp_group, state.pp_group):
         if not torch.equal(tensor, weights.slice(name)[:]):
             wrong.append(f"load: {name}")
-    load_model(chunks, converted / "release")
+    load_model(chunks, converted / "release", table_for(arch))
     save_sharded(model_state(chunks), saved / "release")
     if described(saved / "release") != described(converted / "release"):
         wrong.append("convert: megatron-core describes its own checkpoint otherwise")

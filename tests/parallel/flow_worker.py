@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
@@ -59,7 +59,7 @@ def main() -> None:
         from megatron_bupo.model.parallel_model import ParallelModel
 
         for name in sorted(reference):
-            arch = Architecture.from_hf(cases / name)
+            arch = read_architecture(cases / name)
             model = ParallelModel(arch, HFWeights(cases / name), config.parallel, state, torch.float32)
             measured = measure(model, rollouts, max_tokens=90, final_norm=True, per_token=True)
             worst = differences(measured, reference[name], dist.get_rank() == 0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.errors import UsageError
@@ -36,7 +36,7 @@ def main() -> None:
         from megatron_bupo.model.parallel_model import ParallelModel
         from megatron_bupo.model.scoring import ModelForEngine
 
-        model = ParallelModel(Architecture.from_hf(folder), HFWeights(folder), config.parallel, state, torch.float32)
+        model = ParallelModel(read_architecture(folder), HFWeights(folder), config.parallel, state, torch.float32)
         led = LedModel(ModelForEngine(model, max_tokens=64), state)
         seen: dict[str, Tensor] = {}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
@@ -34,7 +34,7 @@ def main() -> None:
         from megatron_bupo.model.scoring import score_rollouts
 
         for name in sorted(reference):
-            arch = Architecture.from_hf(cases / name)
+            arch = read_architecture(cases / name)
             model = ParallelModel(arch, HFWeights(cases / name), parallel, state, torch.float32)
             for key, expected in reference[name].items():
                 spec, temperature = key.split(" ")

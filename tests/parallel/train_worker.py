@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
@@ -56,7 +56,7 @@ def build(config: TrainConfig, state: ParallelState, dtype: torch.dtype = torch.
     folder = config.model.hf_model
     assert config.schedule.policy_schedule is not None and config.rollout.load_rollouts is not None
     schedule = PolicySchedule.parse(config.schedule.policy_schedule, config.schedule.train_iters)
-    arch = Architecture.from_hf(folder)
+    arch = read_architecture(folder)
     actor = Actor(arch, HFWeights(folder), config.parallel, config.optimizer, state, dtype, schedule.specs)
     rollout, max_tokens = config.rollout, config.batch.max_tokens_per_micro_batch
     monitor = PhaseMonitor(config.monitor, schedule, actor, rollout.rollout_temperature, max_tokens)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.errors import UsageError
 from tests.unit.tiny_hf import FAMILIES, tiny_model
 
@@ -70,7 +71,7 @@ DROP = object()
 def read(folder: Path, base: dict[str, Any], **changes: Any) -> Architecture:
     config = {key: value for key, value in {**base, **changes}.items() if value is not DROP}
     (folder / "config.json").write_text(json.dumps(config))
-    return Architecture.from_hf(folder)
+    return read_architecture(folder)
 
 
 def test_qwen3_values(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_qwen3_values(tmp_path: Path) -> None:
 def test_what_transformers_5_writes(tmp_path: Path, family: str, tied: bool) -> None:
     model = tiny_model(family, tied)
     model.config.save_pretrained(tmp_path)
-    arch = Architecture.from_hf(tmp_path)
+    arch = read_architecture(tmp_path)
     assert (arch.family, arch.tied, arch.head_dim, arch.vocab_size) == (family, tied, 6, 101)
     assert arch.qkv_bias == (model.model.layers[0].self_attn.q_proj.bias is not None)
     assert arch.qk_norm == hasattr(model.model.layers[0].self_attn, "q_norm")
@@ -127,7 +128,7 @@ def test_defaults_are_transformers(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.*Qwen3ForCausalLM, Qwen2"),
+    ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.*LlamaForCausalLM, Qwen2"),
     ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
     ({"model_type": DROP}, "model_type"),
     ({"model_type": "qwen3_moe", "architectures": DROP}, "qwen3_moe"),
@@ -138,22 +139,26 @@ REFUSED = [
         "rope_theta is 1000000 .* 5.0 in rope_parameters",
     ),
     ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3_SCALING}, "rope_type.*must agree"),
-    ({"rope_scaling": {**LLAMA3_SCALING, "factor": None}}, "factor of the llama3 rope scaling is missing"),
+    ({"rope_scaling": {**LLAMA3_SCALING, "factor": None}}, "factor of the llama3 rope scaling is null"),
     ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 1.0}}, "low_freq_factor.*below"),
     ({"rope_scaling": {**LLAMA3_SCALING, "factor": "8"}}, "factor.*'8'"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "per layer type"),
     ({"rope_scaling": "llama3"}, "rope_scaling is not"),
     ({"rope_theta": 0}, "rope_theta is 0"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    ({"use_sliding_window": True}, "use_sliding_window"),
+    (
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 27},
+        "use_sliding_window.*27 .* the 28 layers",
+    ),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*'sliding_attention'"),
-    ({"attention_bias": True}, "attention_bias is true; for qwen3"),
+    ({"attention_bias": True}, "attention_bias is true; only"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-    ({"hidden_size": DROP}, "hidden_size is missing"),
-    ({"num_key_value_heads": DROP}, "num_key_value_heads is missing"),
-    ({"rms_norm_eps": DROP}, "rms_norm_eps is missing"),
+    ({"hidden_size": None}, "hidden_size is null"),
+    ({"head_dim": None}, "head_dim is null"),  # in Qwen3Config it is no optional number
+    ({"num_key_value_heads": DROP}, "16 is no multiple of num_key_value_heads 32 .Qwen3Config's default: the key"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is null"),
     ({"vocab_size": -1}, "vocab_size is -1"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ({"intermediate_size": 3072.0}, "intermediate_size is 3072.0"),
@@ -186,9 +191,9 @@ def test_config_file_itself(tmp_path: Path, content: bytes | None, words: str) -
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UsageError, match=words):
-        Architecture.from_hf(tmp_path)
+        read_architecture(tmp_path)
     with pytest.raises(UsageError, match="no folder"):
-        Architecture.from_hf(tmp_path / "nowhere")
+        read_architecture(tmp_path / "nowhere")
 
 
 def test_parallel_layouts(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.weights.hf_files import write_hf_folder
 from tests.parallel.launch import assert_passed, run_python
@@ -40,7 +40,7 @@ def peak_mb(direction: str, source: Path, output: Path) -> float:
 def test_peak_is_far_below_the_model(tmp_path: Path) -> None:
     (tmp_path / "template").mkdir()
     (tmp_path / "template" / "config.json").write_text(json.dumps(CONFIG))
-    shapes = table_for(Architecture.from_hf(tmp_path / "template")).hf_shapes()
+    shapes = table_for(read_architecture(tmp_path / "template")).hf_shapes()
     values = torch.randn(4001 * 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     source, stored, back = tmp_path / "source", tmp_path / "stored", tmp_path / "back"
 

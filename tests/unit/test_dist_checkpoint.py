@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
+from megatron_bupo.architectures.mapping import Shard
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.conversion.convert import hf_to_megatron, megatron_to_hf
-from megatron_bupo.conversion.stored_model import Slot, StoredModel, finish_folder, stored_dtypes, write_pieces
+from megatron_bupo.conversion.stored_model import RankInLayout, StoredModel, finish_folder, stored_dtypes, write_pieces
 from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.errors import UsageError
 from megatron_bupo.weights import tensor_map
-from megatron_bupo.weights.dist_checkpoint import LOCAL_KEYS, read_metadata
+from megatron_bupo.weights.dist_checkpoint import read_metadata
 from megatron_bupo.weights.hf_files import HFWeights
 from tests.unit.converting import assert_same_files, convert, make_source, save_as
 from tests.unit.tiny_hf import FAMILIES
@@ -72,15 +73,17 @@ def test_every_layout_writes_the_same_model(tmp_path: Path, tp: int, pp: int, vp
     folder = tmp_path / "stored" / "release"
     for path in folder.iterdir():
         path.unlink()
-    arch, weights = Architecture.from_hf(tmp_path / "source"), HFWeights(tmp_path / "source")
+    arch, weights = read_architecture(tmp_path / "source"), HFWeights(tmp_path / "source")
     table = table_for(arch)
     dtypes = stored_dtypes(weights, table)
     pieces = []
     for rank in range(tp * pp):
-        slot = Slot(rank % tp, tp, rank // tp, pp, vpp)
+        place = RankInLayout(Shard(rank % tp, tp), rank // tp, pp, vpp)
         path = folder / f"__{rank}_0.distcp"
-        pieces += write_pieces(path, iter(slot.parameters(table)), weights, arch, slot, dtypes, lambda num_bytes: None)
-    finish_folder(folder, table, pieces, dtypes)
+        pieces += write_pieces(
+            path, iter(place.parameters(table)), weights, arch, place, dtypes, lambda num_bytes: None
+        )
+    finish_folder(folder, table, pieces, dtypes, tp)
     assert read_metadata(folder).state_dict_metadata["output_layer.weight"].size[0] == -(-101 // tp) * tp
     megatron_to_hf(tmp_path / "stored", tmp_path / "back", Ranks())
     assert_same_files(tmp_path / "source", tmp_path / "back")
@@ -168,11 +171,13 @@ def test_local_names_are_read(tmp_path: Path) -> None:
     path = tmp_path / "stored" / "release" / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     held = metadata.state_dict_metadata
-    for te, local in LOCAL_KEYS.items():
-        held[local] = held.pop(te)
+    table = table_for(read_architecture(tmp_path / "source"))
+    local_keys = {mapping.stored_key: mapping.local_key for mapping in table.mappings}
+    assert sum(stored != local for stored, local in local_keys.items()) == 2  # the norms, which the other spec fuses
+    for stored, local in local_keys.items():
+        held[local] = held.pop(stored)
     metadata.storage_data = {
-        type(index)(LOCAL_KEYS.get(index.fqn, index.fqn), index.offset): place
-        for index, place in metadata.storage_data.items()
+        type(index)(local_keys[index.fqn], index.offset): place for index, place in metadata.storage_data.items()
     }
     path.write_bytes(pickle.dumps(metadata))
     megatron_to_hf(tmp_path / "stored", tmp_path / "back", Ranks())
@@ -248,7 +253,7 @@ def test_broken_checkpoints_are_refused_with_one_line(tmp_path: Path) -> None:
 
 def test_nan_in_a_checkpoint(tmp_path: Path) -> None:
     make_source(tmp_path / "source")
-    table = table_for(Architecture.from_hf(tmp_path / "source"))
+    table = table_for(read_architecture(tmp_path / "source"))
     convert(tmp_path / "source", tmp_path / "stored")
     folder = tmp_path / "stored" / "release"
     torch.save(torch.full((16,), float("nan")), tmp_path / "nan")

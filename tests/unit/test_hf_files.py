@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.errors import UsageError
 from megatron_bupo.weights.hf_files import HFWeights, check_output, write_hf_folder
@@ -37,7 +37,7 @@ def rewrite(folder: Path, changed: dict[str, Tensor | None] | None = None, tied:
 
 
 def check(folder: Path) -> None:
-    HFWeights(folder).check(table_for(Architecture.from_hf(folder)))
+    HFWeights(folder).check(table_for(read_architecture(folder)))
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "4KB"])

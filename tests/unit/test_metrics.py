@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.parallel.reduce import combine
@@ -244,7 +244,7 @@ def test_parameters_are_counted_as_huggingface_has_them(name: str, tmp_path: Pat
     config = configs()[name]
     config.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(config)
-    counts = parameter_counts(Architecture.from_hf(tmp_path))
+    counts = parameter_counts(read_architecture(tmp_path))
     assert counts["layer"] == sum(param.numel() for param in model.model.layers[0].parameters())
     assert counts["embedding"] == model.model.embed_tokens.weight.numel()
     assert counts["unembedding"] == (0 if config.tie_word_embeddings else model.lm_head.weight.numel())
@@ -282,7 +282,7 @@ def test_memory_by_hand(
     activations: float,
     model: Path,
 ) -> None:
-    sizes = memory_estimate(train_config(model, *flags), Architecture.from_hf(model), world_size)
+    sizes = memory_estimate(train_config(model, *flags), read_architecture(model), world_size)
     expected = [parameters * width, parameters * 4, parameters * state, activations]
     assert list(sizes.values()) == pytest.approx([*expected, sum(expected)])
 
@@ -292,7 +292,7 @@ def test_the_embedded_engine_is_a_whole_model_more(model: Path, tmp_path: Path) 
     words = ["--hf-model", str(model), "--prompt-data", str(tmp_path / "prompts.jsonl"), "--train-iters", "1"]
     config = parse("train", words)
     assert isinstance(config, TrainConfig)
-    sizes = memory_estimate(config, Architecture.from_hf(model), 1)
+    sizes = memory_estimate(config, read_architecture(model), 1)
     assert sizes["embedded engine's model"] == (4 * LAYER + EMBEDDING) * 4
     assert sizes["sum"] == sum(size for name, size in sizes.items() if name != "sum")
 
@@ -303,7 +303,7 @@ def test_the_plan_names_flags_phases_layout_and_files(model: Path, tmp_path: Pat
     flags += ["--save", str(tmp_path / "run"), "--save-hf", str(tmp_path / "hf")]
     config = train_config(model, *flags)
     schedule = PolicySchedule.parse("layer:2x2,full", 3)
-    plan = describe_plan(config, Architecture.from_hf(model), schedule.describe(), world_size=8).splitlines()
+    plan = describe_plan(config, read_architecture(model), schedule.describe(), world_size=8).splitlines()
     assert "  --policy-schedule layer:2x2,full" in plan
     assert "  --lr 1e-06" in plan
     assert "  --sequence-parallel True" in plan
@@ -327,7 +327,7 @@ def test_the_plan_names_what_looks_on_writes(model: Path, tmp_path: Path) -> Non
 
     def files(*more: str) -> list[str]:
         config = train_config(model, *flags, *more)
-        plan = describe_plan(config, Architecture.from_hf(model), "steps", world_size=1).splitlines()
+        plan = describe_plan(config, read_architecture(model), "steps", world_size=1).splitlines()
         return [line.strip().removeprefix(f"{run}/") for line in plan[plan.index("files that would be written") + 1 :]]
 
     measured = "entropy_flow/step_000002/entropy_flow.json ... (every 2 steps)"
@@ -340,7 +340,5 @@ def test_the_plan_names_what_looks_on_writes(model: Path, tmp_path: Path) -> Non
 
 
 def test_a_plan_that_keeps_nothing_says_so(model: Path) -> None:
-    plan = describe_plan(
-        train_config(model), Architecture.from_hf(model), PolicySchedule.parse("full", 3).describe(), 1
-    )
+    plan = describe_plan(train_config(model), read_architecture(model), PolicySchedule.parse("full", 3).describe(), 1)
     assert plan.splitlines()[-1] == "  none: give --save DIR to keep the run"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import WeightTable, table_for
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.training.optimizer import trains
@@ -23,7 +23,7 @@ MODELS = ("qwen3-tied", "qwen2-untied", "llama-untied")
 def model_and_table(name: str) -> tuple[nn.Module, WeightTable]:
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(configs()[name], Path(folder))
-        return model, table_for(Architecture.from_hf(folder))
+        return model, table_for(read_architecture(folder))
 
 
 def reached_by_gradient(model: nn.Module, spec: PolicySpec) -> set[str]:

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
+from megatron_bupo.architectures.mapping import Shard
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.errors import UsageError
 from megatron_bupo.weights.hf_files import HFWeights
@@ -24,7 +26,7 @@ TP_SIZES = (1, 2, 4)
 
 def architecture(folder: Path, family: str, tied: bool = False) -> Architecture:
     tiny_model(family, tied).config.save_pretrained(folder)
-    return Architecture.from_hf(folder)
+    return read_architecture(folder)
 
 
 class CountingSlice:
@@ -60,10 +62,9 @@ def test_round_trip_reads_own_slices_only(tmp_path: Path, family: str, tp_size: 
         shards = []
         for rank in range(tp_size):
             slices = [CountingSlice(state[name]) for name in names]
-            shards.append(mapping.layout.shard(slices, arch, rank, tp_size))
-            padding = 0
-            if "vocab" in mapping.layout.__class__.__name__.lower():
-                padding = (arch.padded_vocab_size(tp_size) - 101) * 16 if rank == tp_size - 1 else 0
+            shards.append(mapping.layout.shard(slices, arch, Shard(rank, tp_size)))
+            last_of_padded = mapping.layout.padded and rank == tp_size - 1
+            padding = (arch.padded_vocab_size(tp_size) - 101) * 16 if last_of_padded else 0
             assert sum(one.read for one in slices) == shards[-1].numel() - padding
             assert shards[-1].dtype == dtype
         for name, merged in zip(names, mapping.layout.merge(shards, arch), strict=True):
@@ -86,7 +87,7 @@ def test_qkv_as_megatron_reads_it(tmp_path: Path, family: str, tp_size: int) -> 
                 continue
             mapping, _ = table_for(arch).lookup(f"decoder.layers.1.self_attention.linear_qkv.{kind}")
             whole = [getattr(getattr(attention, f"{part}_proj"), kind).detach() for part in "qkv"]
-            sharded[kind] = mapping.layout.shard(whole, arch, rank, tp_size)
+            sharded[kind] = mapping.layout.shard(whole, arch, Shard(rank, tp_size))
         mixed = F.linear(x, sharded["weight"], sharded.get("bias")).view(3, 4 // tp_size, (2 + 2) * 6)
         q, k, v = mixed.split([2 * 6, 6, 6], dim=2)
         queries.append(q.reshape(3, -1, 6))  # heads of a group lie side by side, as HF's repeat_kv has them
@@ -108,11 +109,11 @@ def test_mlp_and_output_projection_sum_over_ranks(tmp_path: Path, tp_size: int) 
     )
     mlp_out, attn_out = torch.zeros(3, 16), torch.zeros(3, 16)
     for rank in range(tp_size):
-        both = fc1.shard([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], arch, rank, tp_size)
+        both = fc1.shard([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], arch, Shard(rank, tp_size))
         gate, up = (x @ both.T).chunk(2, dim=-1)  # Megatron's gated MLP on the rank's own output
-        mlp_out += (F.silu(gate) * up) @ fc2.shard([layer.mlp.down_proj.weight], arch, rank, tp_size).T
+        mlp_out += (F.silu(gate) * up) @ fc2.shard([layer.mlp.down_proj.weight], arch, Shard(rank, tp_size)).T
         columns = slice(rank * 48 // tp_size, (rank + 1) * 48 // tp_size)
-        attn_out += heads[:, columns] @ proj.shard([layer.self_attn.o_proj.weight], arch, rank, tp_size).T
+        attn_out += heads[:, columns] @ proj.shard([layer.self_attn.o_proj.weight], arch, Shard(rank, tp_size)).T
     torch.testing.assert_close(mlp_out, layer.mlp(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(attn_out, layer.self_attn.o_proj(heads), rtol=1e-5, atol=1e-5)
 
@@ -121,7 +122,7 @@ def test_vocabulary_padding_is_zero_rows_at_the_end(tmp_path: Path) -> None:
     arch = architecture(tmp_path, "llama")
     layout = table_for(arch).lookup("output_layer.weight")[0].layout
     weight = torch.randn(101, 16)
-    shards = [layout.shard([weight], arch, rank, 4) for rank in range(4)]
+    shards = [layout.shard([weight], arch, Shard(rank, 4)) for rank in range(4)]
     assert [len(shard) for shard in shards] == [26] * 4
     assert torch.equal(torch.cat(shards), torch.cat([weight, torch.zeros(3, 16)]))
 
@@ -164,7 +165,7 @@ def empty_params(arch: Architecture, tp_size: int, dtype: torch.dtype) -> dict[s
         if mapping.export:
             whole = [torch.empty(shape) for shape in mapping.layout.hf_shapes(arch)]
             name = (mapping.te or mapping.megatron).format(layer=layer)
-            shape = mapping.layout.shard(whole, arch, 0, tp_size).shape
+            shape = mapping.layout.shard(whole, arch, Shard(0, tp_size)).shape
             params[name] = nn.Parameter(torch.full(shape, torch.nan, dtype=dtype))
     return params
 
@@ -193,7 +194,7 @@ def test_load_slices_and_casts(tmp_path: Path) -> None:
     model, arch = save_tiny(tmp_path, "qwen2", tied=False)
     ranks = [empty_params(arch, 2, torch.bfloat16) for _ in range(2)]
     for rank, params in enumerate(ranks):
-        load_hf(params.items(), HFWeights(tmp_path), arch, rank, 2)
+        load_hf(params.items(), HFWeights(tmp_path), arch, Shard(rank, 2))
     fc2 = torch.cat([params["decoder.layers.1.mlp.linear_fc2.weight"] for params in ranks], dim=1)
     assert torch.equal(fc2, model.model.layers[1].mlp.down_proj.weight.bfloat16())
 
@@ -206,7 +207,7 @@ def test_load_refuses_what_is_not_finite(tmp_path: Path) -> None:
     weights = HFWeights(tmp_path)
     with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.k_proj\.weight in .*model\.safetensors has NaN"):
         load_hf(empty_params(arch, 1, torch.float32).items(), weights, arch)
-    load_hf(empty_params(arch, 2, torch.float32).items(), weights, arch, 0, 2)  # the other rank's half is fine
+    load_hf(empty_params(arch, 2, torch.float32).items(), weights, arch, Shard(0, 2))  # the other rank's half is fine
 
 
 def test_load_needs_whole_layers(tmp_path: Path) -> None:

@@ -5,30 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
+from transformers import PreTrainedModel
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import families, read_architecture
 
-FAMILIES = ("qwen3", "qwen2", "llama")
-_CLASSES = {
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-}
+FAMILIES = tuple(families())
 
 
 def tiny_model(family: str, tied: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Two layers, hidden 16, 8 query heads on 4 kv heads of width 6 (not 16 / 8), vocabulary 101."""
-    config_class, model_class = _CLASSES[family]
-    config = config_class(
+    names = families()[family]
+    config = getattr(transformers, names.config_class)(
         vocab_size=101,
         hidden_size=16,
         intermediate_size=20,
@@ -40,7 +29,7 @@ def tiny_model(family: str, tied: bool, dtype: torch.dtype = torch.float32) -> P
         tie_word_embeddings=tied,
         dtype=dtype,
     )
-    model = model_class(config).to(dtype)
+    model = getattr(transformers, names.model_class)(config).to(dtype)
     generator = torch.Generator().manual_seed(len(family) + tied)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -61,4 +50,4 @@ def save_tiny(
 ) -> tuple[PreTrainedModel, Architecture]:
     model = tiny_model(family, tied)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return model, Architecture.from_hf(folder)
+    return model, read_architecture(folder)

@@ -94,7 +94,10 @@ BROKEN_CONFIGS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: edit_config(m, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
         "the rope type 'yarn' is not supported",
     ),
-    "sliding window": (lambda m: edit_config(m, use_sliding_window=True), "use_sliding_window is true"),
+    "sliding window": (
+        lambda m: edit_config(m, use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=None),
+        "use_sliding_window is true",
+    ),
     "layers as text": (lambda m: edit_config(m, num_hidden_layers="4"), "num_hidden_layers is '4'"),
     "fewer layers": (lambda m: edit_config(m, num_hidden_layers=3), "is no part of a qwen3 model"),
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.config.rollout import SGLangConfig
@@ -108,7 +108,7 @@ def main() -> None:
     with parallel_state(config.parallel, seed=1) as state:
         from megatron_bupo.model.parallel_model import ParallelModel
 
-        arch = Architecture.from_hf(folder)
+        arch = read_architecture(folder)
         model = ParallelModel(arch, HFWeights(folder), config.parallel, state, torch.float32)
         # Of its own: versions of another layout's syncs must not pass for this one's.
         layout = "".join(flags).replace("-", "") + f"x{state.world_size}"
