@@ -132,21 +132,12 @@ class Launcher:
         model = os.path.abspath(self.hf_model) if os.path.exists(self.hf_model) else self.hf_model
         # Another seed at each start: with the same one the noise of the first answers would be repeated.
         seed = (self.seed + index + (num_starts - 1) * self.config.sglang_num_servers) % 2**31
-        command = [
-            _python(self.config),
-            "-m",
-            "sglang.launch_server",
-            "--random-seed",
-            str(seed),
-            *_more_flags(self.config),
-        ]
-        command += ["--model-path", model, "--dtype", self.dtype, "--weight-version", version]
-        command += ["--host", host, "--port", str(port)]
-        process = ServerProcess(command, self._environment(index), logs / f"server_{index}.log", self.api_key)
+        command = [_python(self.config), "-m", "sglang.launch_server", "--random-seed", str(seed)]
+        command += [*_more_flags(self.config), "--model-path", model, "--dtype", self.dtype]
+        command += ["--weight-version", version, "--host", host, "--port", str(port)]
+        environment = _environment(self.config, self.config.sglang_gpus[index] if self.config.sglang_gpus else None)
+        process = ServerProcess(command, environment, logs / f"server_{index}.log", self.api_key)
         return f"http://{f'[{reached_at}]' if ':' in reached_at else reached_at}:{port}", version, process
-
-    def _environment(self, index: int) -> dict[str, str]:
-        return _environment(self.config, self.config.sglang_gpus[index] if self.config.sglang_gpus else None)
 
 
 def check_launch(config: SGLangConfig, api_key: str | None) -> None:

@@ -96,7 +96,7 @@ class Servers:
         """
         worker.version, worker.checked = None, False
         self._keeps_logs = True  # they show why it failed
-        wait = self._wait(lambda _text: None)
+        wait = self._wait()
         last = ""
         while True:
             self._spend_recovery(worker, last)
@@ -122,7 +122,7 @@ class Servers:
         """
         assert endpoint.router is not None
         try:
-            urls = self._wait(lambda _text: None).find_workers(endpoint.router)
+            urls = self._wait().find_workers(endpoint.router)
         except UsageError as error:
             raise ServersError(f"router {endpoint.router.url} did not come back: {error}") from error
         expected = sorted(worker.client.url for worker in endpoint.workers)
@@ -137,7 +137,7 @@ class Servers:
         """End the launched servers with all their processes, and close the connections. Safe to call twice."""
         self._end(kill=False)
 
-    def _wait(self, say: Callable[[str], object]) -> Wait:
+    def _wait(self, say: Callable[[str], object] = lambda _text: None) -> Wait:
         timeout_s = self._config.sglang_start_timeout
         return Wait(timeout_s, time.monotonic(), self._dtype, self._api_key is not None, self._ending, say)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -103,6 +104,28 @@ class Attempt:
     def error(self, worker: Worker, doing: str, what: str) -> SyncError:
         server = "" if what.startswith(worker.name) else f"{worker.name}: "
         return SyncError(worker, f"weight sync ({self.method}, version {self.version}), {doing}: {server}{what}")
+
+
+class SyncMethod(ABC):
+    """A method to send tensors to paused servers. Every failure of a server is a SyncError.
+
+    Attributes:
+        name: the value of --weight-sync.
+        in_session: whether `send` has to stand between the begin and the end of an update, on servers that have these.
+    """
+
+    name: str
+    in_session = True
+
+    @abstractmethod
+    def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Send the whole stream to every server; the last bucket sets the version."""
+
+    def abandon(self) -> None:  # noqa: B027
+        """Clean up after a push that failed."""
+
+    def close(self) -> None:  # noqa: B027
+        """Remove files and leave process groups. Safe to call twice."""
 
 
 def ask(worker: Worker, path: str, body: Any, timeout_s: float) -> Any:

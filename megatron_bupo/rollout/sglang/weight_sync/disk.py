@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt
+from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt, SyncMethod
 from megatron_bupo.weights.hf_files import write_hf_folder
 
 
-class FolderOnDisk:
+class FolderOnDisk(SyncMethod):
     """POST /update_weights_from_disk. Only the newest version stays in `folder`, until `close`.
 
     No other run uses the folder: files that a killed run left there are removed before the first version is written.
@@ -48,9 +48,6 @@ class FolderOnDisk:
         self._newest = target
         body = {"model_path": str(target), "weight_version": attempt.version, "flush_cache": True}
         attempt.post(f"all tensors, in {target}", "/update_weights_from_disk", body)
-
-    def abandon(self) -> None:
-        """Does nothing: the next push replaces the files."""
 
     def close(self) -> None:
         if self._newest is not None:

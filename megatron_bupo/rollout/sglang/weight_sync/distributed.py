@@ -22,7 +22,15 @@ from torch.distributed.distributed_c10d import GroupName, PrefixStore, _new_proc
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.sglang.client import ServerError
-from megatron_bupo.rollout.sglang.weight_sync.calls import SHORT_S, Attempt, Bucket, ask, buckets, is_answered
+from megatron_bupo.rollout.sglang.weight_sync.calls import (
+    SHORT_S,
+    Attempt,
+    Bucket,
+    SyncMethod,
+    ask,
+    buckets,
+    is_answered,
+)
 
 if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang.worker import Worker
@@ -30,14 +38,13 @@ if TYPE_CHECKING:
 _GRACE_S = 5.0  # after the timeout of a message, until a call that has not timed out is broken off
 
 
-class Broadcasts:
+class Broadcasts(SyncMethod):
     """POST /update_weights_from_distributed while this process broadcasts: gloo, or NCCL to GPUs.
 
     A group is used as long as its server process runs; after a failed push all groups are made again.
     """
 
     name = "distributed"
-    in_session = True
 
     def __init__(self, bucket_bytes: int) -> None:
         self._bucket_bytes = bucket_bytes

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_bupo.rollout.engine import TrainedModel
 from megatron_bupo.rollout.sglang.client import ServerError
-from megatron_bupo.rollout.sglang.weight_sync.calls import SHORT_S, Attempt, ask, is_answered
+from megatron_bupo.rollout.sglang.weight_sync.calls import SHORT_S, Attempt, SyncMethod, ask, is_answered
 from megatron_bupo.rollout.sglang.weight_sync.checks import (
     ExpectedWeights,
     check_probe,
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang.worker import Worker
 
 _FLUSH_S = 30.0
-
-
-class _Method(Protocol):
-    """A method to send tensors to paused servers. Every failure of a server is a SyncError."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def in_session(self) -> bool:
-        """Whether `send` has to stand between the begin and the end of an update, on servers that have these calls."""
-
-    def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Send the whole stream to every server; the last bucket sets the version."""
-
-    def abandon(self) -> None:
-        """Clean up after a push that failed."""
-
-    def close(self) -> None: ...
 
 
 class WeightSync:
@@ -74,7 +55,7 @@ class WeightSync:
         vocab_size: int,
         tied: bool,
     ) -> None:
-        self._method: _Method
+        self._method: SyncMethod
         if method == "disk":
             assert folder is not None, "disk needs a folder"
             self._method = FolderOnDisk(folder, hf_model, bucket_bytes)

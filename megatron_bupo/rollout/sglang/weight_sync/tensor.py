@@ -10,14 +10,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt, Bucket, ask, buckets
+from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt, Bucket, SyncMethod, ask, buckets
 
 
-class TensorMessages:
+class TensorMessages(SyncMethod):
     """POST /update_weights_from_tensor. Works with any server; a message has a third more bytes than its tensors."""
 
     name = "tensor"
-    in_session = True
 
     def __init__(self, bucket_bytes: int) -> None:
         self._bucket_bytes = bucket_bytes
@@ -40,12 +39,6 @@ class TensorMessages:
             str(bucket),
             lambda worker: ask(worker, "/update_weights_from_tensor", bodies[worker.info.tp_size], attempt.timeout_s),
         )
-
-    def abandon(self) -> None:
-        """Does nothing: there is nothing to clean up."""
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 def serialize(tensors: list[tuple[str, Tensor]]) -> str:
