@@ -1,6 +1,6 @@
 """A schema fake of an SGLang server on a real port, with faults that can be switched. For unit tests only.
 
-A response spells out who asked: its first tokens are the halves of the sampling seed and the sum of the prompt.
+A response identifies its request: its first tokens are the halves of the sampling seed and the sum of the prompt.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class FakeServer:
     delay_s: of each /generate.
     may_answer: each /generate waits until this is true.
     is_frozen: nothing is answered any more, as after SIGSTOP.
-    is_ill: /health says 503, all else works.
+    is_unhealthy: /health says 503, all else works.
     refusal: (status, message) for every /generate.
     requests: the bodies of /generate so far.
     calls: how often each path was asked for.
@@ -82,7 +82,7 @@ class FakeServer:
         self.delay_s = 0.0
         self.may_answer: Callable[[], object] = lambda: True
         self.is_frozen = False
-        self.is_ill = False
+        self.is_unhealthy = False
         self.refusal: tuple[int, str] | None = None
         self.requests: list[Body] = []
         self.most_at_once = 0
@@ -109,9 +109,9 @@ class FakeServer:
                 _cut(connection)
 
     def restart(self) -> None:
-        """As somebody would: on another port, with the weights of the start, and nothing in work."""
+        """As an operator would: on another port, with the weights of the start and without requests."""
         self.kill()
-        self.version, self.is_frozen, self.is_ill = DEFAULT_VERSION, False, False
+        self.version, self.is_frozen, self.is_unhealthy = DEFAULT_VERSION, False, False
         self._start()
 
     def _start(self) -> None:
@@ -199,7 +199,7 @@ def _handler(fake: FakeServer, gone: threading.Event, connections: set[socket.so
             answer: tuple[int, bytes] | None = (200, b"{}")
             if self.path == "/generate":
                 answer = fake.generate(body, gone)
-            if self.path == "/health" and fake.is_ill:
+            if self.path == "/health" and fake.is_unhealthy:
                 answer = 503, b""
             if self.path == "/model_info":
                 answer = 200, json.dumps({"weight_version": fake.version}).encode()

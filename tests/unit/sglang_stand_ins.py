@@ -31,9 +31,9 @@ class StandIns:
     """Fake servers behind the interfaces of Servers and WeightSync.
 
     Attributes:
-        unrevivable: workers that are gone for good.
-        thaw: a recovery is a SIGCONT by somebody, not a restart.
-        unrevivable_router: so are the routers.
+        unrecoverable: workers that cannot recover.
+        thaw: a recovery continues the server, as SIGCONT does, instead of restarting it.
+        router_is_lost: the router cannot recover either.
         broken_pushes: so many of the next pushes fail in the middle.
         refuses_pushes: workers at which every push fails.
         events: ("recover", "push" or "router", indices of the workers), in the order of time.
@@ -43,9 +43,9 @@ class StandIns:
         self.fakes = [FakeServer() for _ in range(count)]
         self.workers = [Worker(SGLangClient(fake.url), cast(Any, None), None, i) for i, fake in enumerate(self.fakes)]
         self.endpoints = [Endpoint([worker]) for worker in self.workers]
-        self.unrevivable: set[Worker] = set()
+        self.unrecoverable: set[Worker] = set()
         self.thaw = False
-        self.unrevivable_router = False
+        self.router_is_lost = False
         self.broken_pushes = 0
         self.refuses_pushes: set[Worker] = set()
         self.may_recover = threading.Event()
@@ -69,7 +69,7 @@ class StandIns:
     def recover(self, worker: Worker) -> None:
         self.events.append(("recover", [worker.index]))
         self.may_recover.wait()
-        if worker in self.unrevivable:
+        if worker in self.unrecoverable:
             raise ServersError(f"{worker.name} is gone for good")
         if self.thaw:
             self.fakes[worker.index].is_frozen = False
@@ -81,7 +81,7 @@ class StandIns:
     def await_router(self, endpoint: Endpoint) -> None:
         self.events.append(("router", []))
         assert endpoint.router is not None
-        if self.unrevivable_router:
+        if self.router_is_lost:
             raise ServersError("the router is gone for good")
         (fake,) = (fake for fake in self.fakes if fake.url == endpoint.router.url)
         weights = fake.version

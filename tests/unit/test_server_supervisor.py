@@ -20,12 +20,12 @@ from megatron_bupo.rollout.sglang.process import ServerProcess
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="servers are launched on Linux only")
 ROOT = Path(__file__).parents[2]
 
-# A server with a child and a grandchild in a session of its own; both are deaf to TERM. Writes all pids.
+# A server with a child and a grandchild in a session of its own; both ignore TERM. Writes all pids.
 TREE = textwrap.dedent(
     """
     import os, signal, subprocess, sys, time
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    below = deaf + f"import subprocess, sys; words = [sys.executable, '-c', {deaf + 'time.sleep(600)'!r}]; "
+    ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    below = ignore + f"import subprocess, sys; words = [sys.executable, '-c', {ignore + 'time.sleep(600)'!r}]; "
     below += "print(subprocess.Popen(words, start_new_session=True).pid, flush=True); time.sleep(600)"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a stopped server it does not even hear it
     child = subprocess.Popen([sys.executable, "-c", below], stdout=subprocess.PIPE, text=True)
@@ -87,7 +87,7 @@ def start_tree(pids: Path, seconds: float = 600) -> ServerProcess:
     return ServerProcess(command, dict(os.environ), pids.with_name("server_0.log"), None)
 
 
-def test_a_killed_run_takes_the_whole_tree_of_its_server_along(pids: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_all_processes_of_its_server(pids: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-c", RUN, str(pids), str(tmp_path / "server_0.log")]
     run = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
     tree = pids_of(pids)
@@ -126,7 +126,7 @@ def test_what_a_dead_server_leaves_behind_is_ended(pids: Path) -> None:
     assert alive(tree) == []
 
 
-def test_a_killed_guard_takes_the_server_along(pids: Path) -> None:
+def test_a_killed_supervisor_ends_the_server(pids: Path) -> None:
     process = start_tree(pids)
     tree = pids_of(pids)
     os.kill(process.pid, signal.SIGKILL)

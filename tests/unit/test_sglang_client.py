@@ -131,7 +131,7 @@ def test_an_answer_that_drips_ends_in_time(url: str) -> None:
 
 
 @ways
-def test_nobody_listens(request_: Request) -> None:
+def test_no_server_listens(request_: Request) -> None:
     with pytest.raises(ServerError, match="ConnectError"):
         request_(SGLangClient(f"http://127.0.0.1:{free_port('127.0.0.1')}"), "/good")
 

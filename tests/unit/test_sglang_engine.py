@@ -161,7 +161,7 @@ def test_answers_of_other_weights_are_not_used(make: Callable[[int], StandIns]) 
     stand_ins = make(1)
     engine = stand_ins.engine()
     engine.update_weights(MODEL, "1")
-    stand_ins.fakes[0].fault = fail_first(1, "stale")  # as if somebody had started it anew
+    stand_ins.fakes[0].fault = fail_first(1, "stale")  # as if it had been restarted
     requests = some_requests(4)
     with pytest.warns(UserWarning, match=r"was given the weights again: it holds weights 'default', not '\w+-1'"):
         check_answers(requests, engine.generate(requests, PARAMS))

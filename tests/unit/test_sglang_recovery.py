@@ -1,4 +1,4 @@
-"""The SGLang engine while whole servers, or a router, are gone: who is waited for, left out, given the weights."""
+"""The SGLang engine while servers or a router are down: waits, updates without them, weights after a recovery."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     stand_ins.fakes[0].fault = fail_first(1000, "abort")
     stand_ins.fakes[1].may_answer = lambda: ("recover", [0]) in stand_ins.events
     requests = some_requests(10, samples=8)
-    stand_ins.unrevivable = {stand_ins.workers[0]}
+    stand_ins.unrecoverable = {stand_ins.workers[0]}
     with pytest.warns(UserWarning, match="left out: .*gone for good.*failed 3 times in a row.* aborted"):
         check_answers(requests, engine.generate(requests, PARAMS))
     # It is out until the next weights, and is tried again then.
@@ -40,7 +40,7 @@ def test_a_server_that_fails_over_and_over_is_restarted_then_left_out(make: Call
     assert stand_ins.events[-1] == ("push", [0, 1])
     engine.generate(requests, PARAMS)
     assert len(stand_ins.fakes[0].requests) > before
-    stand_ins.unrevivable = set()
+    stand_ins.unrecoverable = set()
     stand_ins.fakes[1].may_answer = lambda: stand_ins.events[-1] == ("push", [0])
     stand_ins.fakes[0].kill()
     engine.generate(requests, PARAMS)
@@ -51,7 +51,7 @@ def test_no_server_left_names_all_and_their_reasons(make: Callable[[int], StandI
     stand_ins = make(2)
     engine = stand_ins.engine()
     engine.update_weights(MODEL, "1")
-    stand_ins.unrevivable = set(stand_ins.workers)
+    stand_ins.unrecoverable = set(stand_ins.workers)
     for fake in stand_ins.fakes:
         fake.kill()
     with pytest.raises(EngineError, match="no SGLang server is left: ") as raised:
@@ -125,9 +125,9 @@ def test_an_update_is_whole_or_an_error(make: Callable[[int], StandIns]) -> None
     with pytest.warns(UserWarning, match="weights 1 are sent again: .*bucket 2 did not arrive"):
         engine.update_weights(MODEL, "1")
     assert stand_ins.events == [("push", [0, 1])] * 2
-    # Who is gone for good is left out; the others go on.
+    # A server that cannot recover is left out; the others go on.
     stand_ins.fakes[1].kill()
-    stand_ins.unrevivable = {stand_ins.workers[1]}
+    stand_ins.unrecoverable = {stand_ins.workers[1]}
     engine.update_weights(MODEL, "3")
     assert stand_ins.workers[1].version is None
     check_answers(some_requests(2), engine.generate(some_requests(2), PARAMS), version="3")
@@ -141,7 +141,7 @@ def test_the_only_server_is_waited_for(make: Callable[[int], StandIns]) -> None:
     stand_ins.fakes[0].kill()
     engine.update_weights(MODEL, "2")
     assert stand_ins.events == [("recover", [0]), ("push", [0])]
-    stand_ins.broken_pushes, stand_ins.fakes[0].is_ill = 1, True  # it speaks, but generates no more
+    stand_ins.broken_pushes, stand_ins.fakes[0].is_unhealthy = 1, True  # it answers, but cannot generate
     engine.update_weights(MODEL, "2")
     assert stand_ins.events[2:] == [("push", [0]), ("recover", [0]), ("push", [0])]
     stand_ins.broken_pushes = 3
@@ -153,7 +153,9 @@ def test_the_only_server_is_waited_for(make: Callable[[int], StandIns]) -> None:
 
 
 @pytest.mark.parametrize("is_owned", [False, True])
-def test_who_takes_no_weights_is_left_out_of_the_update(make: Callable[[int], StandIns], is_owned: bool) -> None:
+def test_a_server_that_takes_no_weights_is_left_out_of_the_update(
+    make: Callable[[int], StandIns], is_owned: bool
+) -> None:
     stand_ins = make(4)
     engine = stand_ins.engine()
     bad = stand_ins.workers[1:3]  # more failures than an update may have, but those of two servers
@@ -216,11 +218,11 @@ def test_a_router_that_is_down_is_not_blamed_on_its_servers(make: Callable[[int]
         check_answers(requests, engine.generate(requests, PARAMS))
     assert stand_ins.events == [("push", [1, 2]), ("router", [])]
     # One that says itself that something is wrong is there: its servers are looked at.
-    router.is_ill = True
+    router.is_unhealthy = True
     router.fault = fail_first(1, "cut", chosen=lambda body: stand_ins.fakes[2].kill() is None)
     check_answers(requests, engine.generate(requests, PARAMS))
     assert stand_ins.events[2:] == [("recover", [2]), ("push", [2])]
-    stand_ins.unrevivable_router = True
+    stand_ins.router_is_lost = True
     router.kill()
     with pytest.raises(EngineError, match=r"no SGLang server is left: .*the router is gone for good \(it had failed: "):
         engine.generate(requests, PARAMS)

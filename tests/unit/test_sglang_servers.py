@@ -145,7 +145,7 @@ def test_servers_are_launched_and_ended(start: Start, tmp_path: Path) -> None:
     assert nothing_runs()
 
 
-def test_the_key_reaches_the_server_and_nobody_else(start: Start, tmp_path: Path) -> None:
+def test_the_key_reaches_only_the_server(start: Start, tmp_path: Path) -> None:
     servers = start(key=KEY)
     worker = servers.workers[0]
     assert worker.client.get("/model_info", timeout_s=60)["weight_version"] == worker.info.weight_version
@@ -186,7 +186,7 @@ def test_a_server_that_is_not_ready_in_time(start: Start, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("stub", ["port-once", "foreign"])
-def test_a_port_that_somebody_else_took_is_left_to_him(start: Start, stub: str, tmp_path: Path) -> None:
+def test_a_port_of_another_process_is_not_used(start: Start, stub: str, tmp_path: Path) -> None:
     worker = start(stub).workers[0]
     worker.client.get("/health", timeout_s=60)
     assert worker.client.get("/model_info", timeout_s=60)["weight_version"] == worker.info.weight_version != "another"
@@ -218,9 +218,9 @@ def test_given_servers_must_fit_the_trainer(start: Start) -> None:
     given = SGLangConfig(sglang_url=[url], sglang_start_timeout=300.0)
     with pytest.raises(UsageError, match="runs in float32, the trainer in bfloat16"):
         Servers.start(given, "m", "bf16", 1, None, None)
-    nobody = f"http://127.0.0.1:{free_port('127.0.0.1')}"
-    with pytest.raises(UsageError, match=f"--sglang-url {nobody}: not ready after .* 1 s; last: .*ConnectError"):
-        Servers.start(SGLangConfig(sglang_url=[nobody], sglang_start_timeout=1.0), "m", "fp32", 1, None, None)
+    unused = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    with pytest.raises(UsageError, match=f"--sglang-url {unused}: not ready after .* 1 s; last: .*ConnectError"):
+        Servers.start(SGLangConfig(sglang_url=[unused], sglang_start_timeout=1.0), "m", "fp32", 1, None, None)
 
 
 def test_a_router_stands_before_its_workers(start: Start) -> None:

@@ -97,6 +97,6 @@ def servers(sglang_python: Path, tiny_qwen3: Path, tmp_path_factory: pytest.Temp
 
 
 def server_processes(worker: Worker) -> list[psutil.Process]:
-    """The processes of a launched server that run, the one that speaks HTTP first, its schedulers after it."""
+    """The processes of a launched server that run, the HTTP server first, then its schedulers."""
     assert worker.process is not None
     return psutil.Process(worker.process.pid).children(recursive=True)

@@ -35,12 +35,12 @@ def generate_with_fault(engine: SGLangEngine, victim: Worker, fault: signal.Sign
     done_before: list[int] = []
     processes = server_processes(victim)
 
-    def hurt() -> None:
+    def inject() -> None:
         done_before.append(len(done))
         for process in processes if fault == signal.SIGSTOP else processes[:1]:
             process.send_signal(fault)
 
-    timer = threading.Timer(FAULT_AFTER_S, hurt)
+    timer = threading.Timer(FAULT_AFTER_S, inject)
     timer.start()
     answers = engine.generate(REQUESTS, PARAMS, done.append)
     timer.join()

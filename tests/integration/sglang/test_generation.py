@@ -54,7 +54,7 @@ class HFModel:
 
 
 def make_engine(servers: Servers, folder: Path, *, health_timeout_s: float = 60.0) -> SGLangEngine:
-    """An engine that nobody closes: the servers are those of all tests, and this way of sync holds nothing."""
+    """An engine that is not closed: the servers are those of all tests, and this method of sync needs no end."""
     sync = WeightSync(
         "tensor",
         bucket_bytes=200_000,

@@ -20,9 +20,7 @@ from tests.integration.sglang.sync_worker import problems_of
 from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
 
 WORKER = str(Path(__file__).with_name("sync_worker.py"))
-LONG_S = (
-    600.0  # for one message; a push that fails takes less than half, for it does not wait for a message to time out
-)
+LONG_S = 600.0  # timeout of one message; a push that fails early takes less than half of it
 LARGE = 8_000_000  # elements: more than the buffers of a connection take
 
 
