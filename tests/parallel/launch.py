@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+
+from tests.parallel.several import MARK
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +82,17 @@ def torchrun(processes: int, *command: object, on_gpu: bool = False) -> subproce
     """`run_python` of `command` in several processes, as a user starts them."""
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     return run_python(*launcher, *command, on_gpu=on_gpu)
+
+
+def run_several(processes: int, *commands: Sequence[object]) -> list[str]:
+    """Run commands one after the other in the same processes, see several.py; what each printed to stdout.
+
+    For commands that prove nothing by being a process of their own. AssertionError where one fails.
+    """
+    words = ["tests/parallel/several.py", json.dumps([[*map(str, command)] for command in commands])]
+    result = run_python(*words) if processes == 1 else torchrun(processes, *words)
+    assert_passed(result)
+    return result.stdout.split(MARK)[1:]
 
 
 def assert_passed(result: subprocess.CompletedProcess[str]) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_bupo.analysis.plots import read_metrics
 from megatron_bupo.data.rollout_files import read_rollouts, step_file, write_rollouts
 from tests.parallel.flow_reference import reference_flow, summarise
-from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
+from tests.parallel.launch import LAYOUTS, assert_passed, run_python, run_several, torchrun
 from tests.parallel.references import NUM_LAYERS, configs, random_rollouts, write_model
 from tests.parallel.test_generation import write_tokenizer
 
@@ -38,14 +38,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(case: Path, layout: str, run: Path, *flags: str) -> str:
-    processes, layout_flags = LAYOUTS[layout]
-    words = ["--hf-model", str(case / "model"), "--load-rollouts", str(case / "rollouts"), "--save", str(run)]
+def train_words(case: Path, layout: str, run: Path, *flags: str) -> list[str]:
+    words = ["-m", "megatron_bupo", "train"]
+    words += ["--hf-model", str(case / "model"), "--load-rollouts", str(case / "rollouts"), "--save", str(run)]
     words += ["--rollout-batch-size", "4", "--n-samples-per-prompt", "2", "--lr", "0.01"]
-    words += ["--entropy-flow-responses", str(SAMPLE), "--internal-steps", "2", *layout_flags, *flags]
-    result = torchrun(processes, "-m", "megatron_bupo", "train", *words)
-    assert_passed(result)
-    return result.stdout
+    words += ["--entropy-flow-responses", str(SAMPLE), "--internal-steps", "2", *LAYOUTS[layout][1]]
+    return [*words, *flags]
 
 
 def losses(run: Path) -> list[Any]:
@@ -55,7 +53,11 @@ def losses(run: Path) -> list[Any]:
 @pytest.mark.parametrize("layout", ["TP1", "PP2xVPP2"])
 def test_auto_trains_the_layer_that_the_first_rollouts_suggest(layout: str, case: Path, tmp_path: Path) -> None:
     chosen, explicit = tmp_path / "chosen", tmp_path / "explicit"
-    printed = train(case, layout, chosen, "--internal-layer", "auto", "--train-iters", str(STEPS))
+    printed, _ = run_several(
+        LAYOUTS[layout][0],
+        train_words(case, layout, chosen, "--internal-layer", "auto", "--train-iters", str(STEPS)),
+        train_words(case, layout, explicit, "--internal-layer", "2", "--train-iters", str(STEPS)),
+    )
     expected = torch.load(case / "means.pt", weights_only=True)
     assert (expected["d_ffn"] > 0).tolist() == [True, True, False, False]
     assert "internal layer 2, chosen on" in printed
@@ -68,7 +70,6 @@ def test_auto_trains_the_layer_that_the_first_rollouts_suggest(layout: str, case
     for name in ("resid", "d_ffn", "kl_full"):
         measured = torch.tensor([layer[name] for layer in flow["layers"]], dtype=torch.float64)
         assert (measured - expected[name]).abs().max() < 1e-4, name
-    train(case, layout, explicit, "--internal-layer", "2", "--train-iters", str(STEPS))
     assert [phase for phase, *_ in losses(chosen)] == ["layer:2"] * 2 + ["full"] * 2
     assert losses(chosen) == losses(explicit)
 
@@ -83,12 +84,15 @@ def test_a_resumed_run_keeps_the_layer_that_was_chosen(case: Path, tmp_path: Pat
     whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved"
     # Together with what else looks at a phase: bounds that are not crossed, and the flow at every step.
     flags = ["--internal-layer", "auto", "--save-interval", "1", "--internal-stop", "kl:1e9"]
-    train(case, "TP1", whole, *flags, "--train-iters", str(STEPS), "--entropy-flow-interval", "1")
-    train(case, "TP1", parts, *flags, "--train-iters", "3")
-    evidence = json.loads((parts / "run.json").read_text())["internal_layer"]
     # Other responses would be measured now: the choice is not made again, also in another folder.
     more = ["--entropy-flow-responses", "1", "--train-iters", str(STEPS), "--load", str(parts)]
-    printed = train(case, "TP1", moved, *flags, *more)
+    *_, printed = run_several(
+        1,
+        train_words(case, "TP1", whole, *flags, "--train-iters", str(STEPS), "--entropy-flow-interval", "1"),
+        train_words(case, "TP1", parts, *flags, "--train-iters", "3"),
+        train_words(case, "TP1", moved, *flags, *more),
+    )
+    evidence = json.loads((parts / "run.json").read_text())["internal_layer"]
     assert "going on after step 3" in printed and "chosen on" not in printed
     assert losses(parts) == losses(whole)[:3]
     assert losses(moved) == losses(whole)[3:]
@@ -103,9 +107,9 @@ def test_auto_measures_the_converted_checkpoint_that_the_run_starts_from(case: P
     model.save_pretrained(tmp_path / "other")
     program = "checkpoint_converters/hf_to_megatron.py"
     converted = ["--hf-model", str(tmp_path / "other"), "--output", str(tmp_path / "converted")]
-    assert_passed(torchrun(1, program, *converted))
     flags = ["--internal-layer", "auto", "--train-iters", "3", "--load", str(tmp_path / "converted")]
-    assert "internal layer 1, chosen on" in train(case, "TP1", tmp_path / "run", *flags)
+    _, printed = run_several(1, [program, *converted], train_words(case, "TP1", tmp_path / "run", *flags))
+    assert "internal layer 1, chosen on" in printed
     assert [phase for phase, *_ in losses(tmp_path / "run")] == ["layer:1", "layer:1", "full"]
 
 
@@ -120,9 +124,11 @@ def test_auto_with_an_engine_generates_the_first_step_once(case: Path, tmp_path:
     words += ["--prompt-data", str(tmp_path / "prompts.jsonl"), "--reward", f"{tmp_path / 'reward.py'}:even"]
     words += ["--n-samples-per-prompt", "2", "--rollout-max-response-len", "12", "--internal-steps", "1"]
     words += ["--train-iters", "3", "--lr", "0.01"]
+    commands = []
     for name, layer in (("auto", "auto"), ("given", "2")):
         outputs = ["--save", str(tmp_path / name), "--save-rollouts", str(tmp_path / name / "rollouts")]
-        assert_passed(torchrun(2, *words, *outputs, "--internal-layer", layer))
+        commands.append([*words, *outputs, "--internal-layer", layer])
+    run_several(2, *commands)
     assert losses(tmp_path / "auto") == losses(tmp_path / "given")
     for step in (1, 2, 3):
         assert read_rollouts(step_file(tmp_path / "auto" / "rollouts", step)) == read_rollouts(
@@ -133,8 +139,11 @@ def test_auto_with_an_engine_generates_the_first_step_once(case: Path, tmp_path:
 
 def test_the_flow_is_measured_at_its_interval(case: Path, tmp_path: Path) -> None:
     flags = ["--internal-layer", "1", "--train-iters", str(STEPS)]
-    train(case, "DP2", tmp_path / "run", *flags, "--entropy-flow-interval", "2")
-    train(case, "DP2", tmp_path / "without", *flags)
+    run_several(
+        2,
+        train_words(case, "DP2", tmp_path / "run", *flags, "--entropy-flow-interval", "2"),
+        train_words(case, "DP2", tmp_path / "without", *flags),
+    )
     assert losses(tmp_path / "run") == losses(tmp_path / "without")  # measuring changes nothing
     kept = sorted(path.parent.name for path in (tmp_path / "run").glob("entropy_flow/*/entropy_flow.json"))
     assert kept == ["step_000002", "step_000004"]
@@ -161,6 +170,7 @@ def test_a_flow_that_cannot_be_measured_ends_no_run(case: Path, tmp_path: Path) 
         short = [replace(rollout, response_tokens=[5], response_mask=None) for rollout in rollouts]
         write_rollouts(step_file(tmp_path / "rollouts", step), short if step == 1 else rollouts)
     flags = ["--load-rollouts", str(tmp_path / "rollouts"), "--entropy-flow-responses", "1", "--internal-steps", "0"]
-    train(case, "TP1", tmp_path / "run", *flags, "--train-iters", "2", "--entropy-flow-interval", "1")
+    flags += ["--train-iters", "2", "--entropy-flow-interval", "1"]
+    assert_passed(run_python(*train_words(case, "TP1", tmp_path / "run", *flags)))
     assert [step["step"] for step in read_metrics(tmp_path / "run")] == [1, 2]
     assert [path.name for path in (tmp_path / "run" / "entropy_flow").iterdir()] == ["step_000002"]

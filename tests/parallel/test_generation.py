@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import Rollout
-from tests.parallel.launch import assert_passed, run_python, torchrun
+from tests.parallel.launch import run_several
 from tests.parallel.references import VOCAB_SIZE, configs, reference_scores, write_model
 
 STEPS, TEMPERATURE = 3, "0.8"
@@ -33,30 +32,25 @@ def even(record):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished command and its folder."""
+    """The folder of a finished command."""
 
     folder: Path
-    result: subprocess.CompletedProcess[str]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without what depends on the clock."""
-        assert_passed(self.result)
         lines = (self.folder / "save" / "metrics.jsonl").read_text().splitlines()
         parsed = [json.loads(line) for line in lines]
         timed = {name for name in parsed[0] if name.startswith("time/")} | {"tokens_per_s"}
         return [{name: value for name, value in line.items() if name not in timed} for line in parsed]
 
     def weights(self) -> dict[str, Tensor]:
-        assert_passed(self.result)
         tensors: dict[str, Tensor] = load_file(self.folder / "hf" / "model.safetensors")
         return tensors
 
     def rollouts(self, step: int) -> list[Rollout]:
-        assert_passed(self.result)
         return read_rollouts(step_file(self.folder / "rollouts", step))
 
     def lines(self, name: str = "out.jsonl") -> list[dict[str, Any]]:
-        assert_passed(self.result)
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
 
@@ -101,19 +95,6 @@ def score(inputs: Path, out: Path, rollouts: Path, policy: str, temperature: str
     return [*words, "--rollout-temperature", temperature, "--output", str(out / "out.jsonl")]
 
 
-def launch(inputs: Path, commands: dict[str, tuple[int, list[str]]]) -> dict[str, Run]:
-    """Run commands, two at a time: most of their time is imports."""
-
-    def one(name: str) -> Run:
-        processes, words = commands[name]
-        words = ["-m", "megatron_bupo", *words]
-        # Without torchrun, which would import torch once more, where one process is enough.
-        return Run(inputs / name, run_python(*words) if processes == 1 else torchrun(processes, *words))
-
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(commands, pool.map(one, commands), strict=True))
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generation")
@@ -123,31 +104,35 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(inputs: Path) -> dict[str, Run]:
-    pipeline = ["--pipeline-model-parallel-size", "2"]
+    """Commands by name. Those that must not differ from "one" run in other processes than it does."""
     kl = ["--policy-schedule", "full", "--kl-loss-coef", "0.1", "--global-batch-size", "16"]
-    first = launch(
-        inputs,
-        {
-            "one": (1, train(inputs, inputs / "one")),
-            "again": (1, train(inputs, inputs / "again")),
-            "seed": (1, train(inputs, inputs / "seed", "--monitor-responses", "0", seed=8)),
-            "kl": (1, train(inputs, inputs / "kl", *kl)),
-            "DP2": (2, train(inputs, inputs / "DP2")),
-            "PP2": (2, train(inputs, inputs / "PP2", *pipeline)),
-            "generate": (1, generate(inputs, inputs / "generate")),
-            "generate2": (2, generate(inputs, inputs / "generate2")),
-        },
-    )
-    saved = inputs / "one" / "rollouts"
-    generated = inputs / "generate" / "out.jsonl"
-    return first | launch(
-        inputs,
-        {
-            "replay": (1, train(inputs, inputs / "replay", replay=saved)),
-            "score": (1, score(inputs, inputs / "score", step_file(saved, 1), "full", TEMPERATURE)),
-            "score2": (1, score(inputs, inputs / "score2", generated, "layer:2", "1.0")),
-        },
-    )
+    saved, generated = inputs / "one" / "rollouts", inputs / "generate" / "out.jsonl"
+    first = {
+        "one": train(inputs, inputs / "one"),
+        "seed": train(inputs, inputs / "seed", "--monitor-responses", "0", seed=8),
+        "kl": train(inputs, inputs / "kl", *kl),
+        "generate": generate(inputs, inputs / "generate"),
+    }
+    then = {
+        "again": train(inputs, inputs / "again"),
+        "replay": train(inputs, inputs / "replay", replay=saved),
+        "score": score(inputs, inputs / "score", step_file(saved, 1), "full", TEMPERATURE),
+        "score2": score(inputs, inputs / "score2", generated, "layer:2", "1.0"),
+    }
+    in_two_processes = {
+        "DP2": train(inputs, inputs / "DP2"),
+        "PP2": train(inputs, inputs / "PP2", "--pipeline-model-parallel-size", "2"),
+        "generate2": generate(inputs, inputs / "generate2"),
+    }
+
+    def launch(processes: int, *groups: dict[str, list[str]]) -> None:
+        for commands in groups:
+            run_several(processes, *(["-m", "megatron_bupo", *words] for words in commands.values()))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for launched in [pool.submit(launch, 1, first, then), pool.submit(launch, 2, in_two_processes)]:
+            launched.result()
+    return {name: Run(inputs / name) for name in (*first, *then, *in_two_processes)}
 
 
 def assert_equal_weights(one: Run, other: Run, within: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
 from megatron_bupo.policy_spec import PolicySpec
-from tests.parallel.launch import LAYOUTS, assert_passed, torchrun
+from tests.parallel.launch import LAYOUTS, run_several
 from tests.parallel.references import configs, reference_scores, write_model
 from tests.parallel.resume_worker import STEPS, differences, stopped_after, timeless
 from tests.parallel.train_reference import ADAM_EPS, LR, TEMPERATURE, train_reference
@@ -48,25 +48,32 @@ def kl_start(train_cases: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return found
 
 
-def train(cases: Path, layout: str, run: Path, *flags: str) -> str:
-    """A replay of all steps in a layout, with a checkpoint after every step; what it printed."""
-    words = ["train", "--hf-model", str(cases / "qwen3-tied"), "--load-rollouts", str(cases / "rollouts")]
+def train_words(cases: Path, layout: str, run: Path, *flags: str) -> list[str]:
+    """A replay of all steps in a layout, with a checkpoint after every step."""
+    words = [
+        "-m",
+        "megatron_bupo",
+        "train",
+        "--hf-model",
+        str(cases / "qwen3-tied"),
+        "--load-rollouts",
+        str(cases / "rollouts"),
+    ]
     words += ["--train-iters", str(STEPS), "--rollout-batch-size", "4", "--n-samples-per-prompt", "2"]
     words += ["--global-batch-size", "4", "--lr", str(LR), "--adam-eps", str(ADAM_EPS)]
     words += ["--rollout-temperature", str(TEMPERATURE), "--max-tokens-per-micro-batch", "45"]
     words += ["--monitor-responses", str(MONITORED), "--save-interval", "1"]
-    processes, layout_flags = LAYOUTS[layout]
-    files = ["--save", str(run), "--save-hf", str(run / "out")]
-    result = torchrun(processes, "-m", "megatron_bupo", *words, *layout_flags, *files, *flags)
-    assert_passed(result)
-    return result.stdout + result.stderr
+    return [*words, *LAYOUTS[layout][1], "--save", str(run), "--save-hf", str(run / "out"), *flags]
 
 
 @pytest.fixture(scope="module")
 def stopped_runs(train_cases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """In two layouts, a run whose phase is ended: its folder, and what it printed."""
-    folders = {layout: tmp_path_factory.mktemp("watch") / layout for layout in ("DP2", "PP2")}
-    return {layout: (run, train(train_cases, layout, run, *STOPPED)) for layout, run in folders.items()}
+    """In two layouts, a run whose phase is ended: its folder, and what it printed. "explicit" has no watch."""
+    folder = tmp_path_factory.mktemp("watch")
+    commands = [train_words(train_cases, layout, folder / layout, *STOPPED) for layout in ("DP2", "PP2")]
+    commands.append(train_words(train_cases, "DP2", folder / "explicit", *EXPLICIT))
+    names = ("DP2", "PP2", "explicit")
+    return {name: (folder / name, printed) for name, printed in zip(names, run_several(2, *commands), strict=True)}
 
 
 @pytest.mark.parametrize("layout", ["DP2", "PP2"])
@@ -83,26 +90,28 @@ def test_the_phase_ends_where_the_kl_crosses_its_bound(
     assert f"the internal phase ended before step 3: {reason}" in printed
 
 
-def test_the_rest_is_a_run_with_the_shorter_phase(
-    train_cases: Path, stopped_runs: dict[str, tuple[Path, str]], tmp_path: Path
-) -> None:
-    run, _ = stopped_runs["DP2"]
-    train(train_cases, "DP2", tmp_path / "explicit", *EXPLICIT)
-    assert differences(run / "out", tmp_path / "explicit" / "out") == []
+def test_the_rest_is_a_run_with_the_shorter_phase(stopped_runs: dict[str, tuple[Path, str]]) -> None:
+    run, explicit = stopped_runs["DP2"][0], stopped_runs["explicit"][0]
+    assert differences(run / "out", explicit / "out") == []
     metrics = timeless(run)
     del metrics[2]["internal_stop"], metrics[2]["kl_start"]
-    assert metrics == timeless(tmp_path / "explicit")
+    assert metrics == timeless(explicit)
 
 
-@pytest.mark.parametrize("step", [1, 3])
 def test_a_restart_goes_on_with_the_watch(
-    step: int, train_cases: Path, stopped_runs: dict[str, tuple[Path, str]], tmp_path: Path
+    train_cases: Path, stopped_runs: dict[str, tuple[Path, str]], tmp_path: Path
 ) -> None:
     """In the phase with its first numbers and the probe; after it with where it ended. Here into another folder."""
     run, _ = stopped_runs["PP2"]
-    stopped_after(run, step, tmp_path / "stopped")
-    train(train_cases, "PP2", tmp_path / "again", *STOPPED, "--load", str(tmp_path / "stopped"))
-    assert differences(run / "out", tmp_path / "again" / "out") == []
-    assert timeless(tmp_path / "again") == timeless(run)[step:]
-    probe = tmp_path / "again" / "watch_step_000001.jsonl"
-    assert probe.is_file() == (step == 1), "a second restart in the phase needs it"
+    commands = []
+    for step in (1, 3):
+        stopped_after(run, step, tmp_path / f"stopped {step}")
+        load = ["--load", str(tmp_path / f"stopped {step}")]
+        commands.append(train_words(train_cases, "PP2", tmp_path / f"again {step}", *STOPPED, *load))
+    run_several(2, *commands)
+    for step in (1, 3):
+        again = tmp_path / f"again {step}"
+        assert differences(run / "out", again / "out") == []
+        assert timeless(again) == timeless(run)[step:]
+        probe = again / "watch_step_000001.jsonl"
+        assert probe.is_file() == (step == 1), "a second restart in the phase needs it"
