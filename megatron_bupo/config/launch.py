@@ -10,6 +10,11 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
+def has_world_size() -> bool:
+    """Whether the number of processes is given. A dry run for a job has it without being launched."""
+    return "WORLD_SIZE" in os.environ
+
+
 def world_size() -> int:
     """Number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -225,8 +225,8 @@ class TrainConfig(Group):
 
     def check(self) -> None:
         super().check()
-        # A dry run in one process may describe any layout: only launched ones must fit.
-        if launch.is_launched() or not self.run.dry_run:
+        # A dry run may describe any layout, unless the number of processes is given (examples/slurm does that).
+        if launch.has_world_size() or not self.run.dry_run:
             self.parallel.check_world()
         # A run that goes on writes the rollouts of its last steps again.
         taken = None if self.run.continues else "step_000001.jsonl"

@@ -240,10 +240,11 @@ def test_world_size_is_checked_before_the_start(
     assert program.main(given) == 2
     assert "1 process(es)" in capsys.readouterr().err
     assert program.main([*given, "--dry-run"]) == 0  # one process may describe any layout
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
-    assert program.main([*given, "--dry-run"]) == 2
+    for processes in ("1", "3"):  # without RANK: a dry run before the processes of a job are started
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert program.main([*given, "--dry-run"]) == 2
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     assert program.main(given) == 0
     assert len(recorder.configs) == 2
 
