@@ -121,7 +121,7 @@ def test_replays_that_cannot_run_to_their_end(case: Path, refused: Callable[...,
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("def half(record:\n", "is not valid Python"), ("def whole(record):\n    return 1\n", "defines no 'half'")],
+    [("def half(record:\n", "is not valid Python"), ("def whole(record):\n    return 1\n", "defines no half")],
 )
 def test_reward_files(source: str, expected: str, case: Path, refused: Callable[..., str]) -> None:
     (case / "reward.py").write_text(source)
