@@ -20,7 +20,7 @@ SPECS = ["full", "layer:1", "layer:2", f"layer:{NUM_LAYERS}", "attn:1", "attn:3"
 SPECS += ["layer:2@norm", "attn:3@norm", "ffn:2@norm"]
 TEMPERATURES = [1.0, 0.7]
 
-_COMMON: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -59,10 +59,10 @@ def configs() -> dict[str, Any]:
     cases: dict[str, Any] = {}
     for tied in (True, False):
         mark = "tied" if tied else "untied"
-        cases[f"qwen3-{mark}"] = Qwen3Config(**_COMMON, head_dim=24, tie_word_embeddings=tied)
-        cases[f"qwen2-{mark}"] = Qwen2Config(**_COMMON, tie_word_embeddings=tied)
+        cases[f"qwen3-{mark}"] = Qwen3Config(**SIZES, head_dim=24, tie_word_embeddings=tied)
+        cases[f"qwen2-{mark}"] = Qwen2Config(**SIZES, tie_word_embeddings=tied)
         cases[f"llama-{mark}"] = LlamaConfig(
-            **_COMMON, head_dim=16, rope_parameters=dict(_LLAMA3_ROPE), tie_word_embeddings=tied
+            **SIZES, head_dim=16, rope_parameters=dict(_LLAMA3_ROPE), tie_word_embeddings=tied
         )
     return cases
 

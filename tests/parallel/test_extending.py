@@ -5,11 +5,13 @@ import statistics
 from pathlib import Path
 
 import pytest
+from transformers import MistralConfig
 
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
 from megatron_bupo.samples import Rollout
 from megatron_bupo.user_code import UserFunction
 from tests.parallel.launch import assert_passed, run_python, torchrun
+from tests.parallel.references import SIZES
 from tests.parallel.test_generation import write_inputs
 from tests.unit.pages import extended_project, write_block
 
@@ -47,9 +49,12 @@ def expected_loss(rollouts: list[Rollout]) -> float:
 
 
 def test_a_run_with_what_the_page_builds_in(tmp_path: Path) -> None:
-    """The loss with its flag, the estimator, the metric and the reward, with responses of the embedded engine."""
+    """The family, the loss with its flag, the estimator, the metric and the reward; responses of the embedded engine.
+
+    That engine is HuggingFace's model: where its log-probs give the same loss, the new family's numbers are right.
+    """
     project = extended_project(PAGE, tmp_path / "project")
-    write_inputs(tmp_path)
+    write_inputs(tmp_path, MistralConfig(**SIZES, head_dim=24, sliding_window=None))
     reward, out = write_block(PAGE, "mine_reward.py", tmp_path), tmp_path / "run"
     words = ["train", "--hf-model", str(tmp_path / "model"), "--prompt-data", str(tmp_path / "prompts.jsonl")]
     words += ["--train-iters", "2", "--policy-schedule", "layer:2x1,full", "--lr", "1e-3", "--save", str(out)]

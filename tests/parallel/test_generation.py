@@ -62,8 +62,9 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
 
 
-def write_inputs(folder: Path) -> None:
-    write_model(configs()["qwen3-tied"], folder / "model")
+def write_inputs(folder: Path, config: Any = None) -> None:
+    """model/ (qwen3-tied, or of another config) with a tokenizer, prompts.jsonl and reward.py."""
+    write_model(config or configs()["qwen3-tied"], folder / "model")
     write_tokenizer(folder / "model")
     rng = random.Random(0)
     prompts = [" ".join(f"w{rng.randrange(2, VOCAB_SIZE)}" for _ in range(rng.randint(1, 9))) for _ in range(10)]

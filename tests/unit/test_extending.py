@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rl.advantage import compute_advantages
@@ -30,6 +31,7 @@ def load(name: str, function: str, folder: Path) -> Any:
 def test_the_page_has_the_examples_that_are_tested_here() -> None:
     assert {Path(name).name for name in code_blocks(PAGE)} == {
         "mine_loss.py", "policy_gradient.py", "mine_estimator.py", "sign.py", "mine_reward.py", "mine_engine.py",
+        "mistral.py",
     }  # fmt: skip
 
 
@@ -110,21 +112,63 @@ print(json.dumps([loss, advantages.tolist(), refusal, printed.getvalue(), is_tor
 """
 
 
+def run_extended(script: str, folder: Path, *words: str) -> Any:
+    """What a script prints as JSON in a copy of the project with the page's files in it."""
+    project = extended_project(PAGE, folder / "project")
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=project, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(project)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def test_a_built_in_loss_and_a_built_in_estimator_are_one_new_file_each(tmp_path: Path) -> None:
-    project, model = extended_project(PAGE, tmp_path / "project"), tmp_path / "model"
+    model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
     (tmp_path / "prompts.jsonl").write_text("{}\n")
     words = ["--hf-model", str(model), "--prompt-data", str(tmp_path / "prompts.jsonl"), "--train-iters", "2"]
     words += ["--loss", "policy-gradient", "--gradient-weight", "3", "--advantage-estimator", "sign"]
-    done = subprocess.run(
-        [sys.executable, "-c", BUILT_IN, json.dumps(words)], cwd=project, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(project)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    loss, advantages, refusal, help_text, is_torch_free = json.loads(done.stdout)
+    loss, advantages, refusal, help_text, is_torch_free = run_extended(BUILT_IN, tmp_path, json.dumps(words))
     assert loss == [6.0]  # -3 * 2 * -1
     assert advantages == [-1.0, 1.0, -1.0]
     assert refusal == "--gradient-weight -1.0: must be greater than 0"
     assert "--gradient-weight" in help_text and "policy-gradient, ppo-clip" in help_text and "sign" in help_text
     assert is_torch_free
+
+
+FAMILY = """
+import json, sys
+from pathlib import Path
+from megatron_bupo.architectures.families import read_architecture
+from megatron_bupo.architectures.table import table_for
+from megatron_bupo.errors import UsageError
+
+shapes = table_for(read_architecture(sys.argv[1])).hf_shapes()
+file = Path(sys.argv[1], "config.json")
+config = json.loads(file.read_text())
+refusals = []
+for window in ({"sliding_window": 8}, {}):
+    file.write_text(json.dumps({key: config[key] for key in config if key != "sliding_window"} | window))
+    try:
+        read_architecture(sys.argv[1])
+    except UsageError as error:
+        refusals.append(str(error))
+print(json.dumps([shapes, refusals]))
+"""
+
+
+def test_a_family_is_one_new_file(tmp_path: Path) -> None:
+    """Its table has the tensors of transformers' model; windows are refused, as a number and by default."""
+    config = MistralConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6, sliding_window=None,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    shapes, refusals = run_extended(FAMILY, tmp_path, str(tmp_path))
+    state = MistralForCausalLM(config).state_dict()
+    assert {name: tuple(shape) for name, shape in shapes.items()} == {name: p.shape for name, p in state.items()}
+    assert [refusal.partition(": ")[2] for refusal in refusals] == [
+        "sliding_window is set or missing; only null, attention without a window, is supported"
+    ] * 2
