@@ -10,8 +10,16 @@ import torch
 
 from megatron_bupo.data.rollout_files import step_file, write_rollouts
 from megatron_bupo.policy_spec import PolicySpec
-from tests.parallel.flow_reference import reference_flow, summarise, token_counts
-from tests.parallel.references import SPECS, TEMPERATURES, configs, random_rollouts, reference_scores, write_model
+from tests.parallel.flow_reference import flow_of, reference_flow, token_counts
+from tests.parallel.references import (
+    SPECS,
+    TEMPERATURES,
+    Float64,
+    configs,
+    random_rollouts,
+    reference_scores,
+    write_model,
+)
 from tests.parallel.train_reference import train_reference
 
 # name: (model, schedule, the policy of each step). Every module, tied and untied, and a schedule that goes back.
@@ -25,20 +33,27 @@ TRAIN_CASES = {
 
 @pytest.fixture(scope="session")
 def score_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the six models, rollouts.jsonl and reference.pt: by model, "truth" (float64) and "in_fp32", then by
+    policy and temperature, HuggingFace's log-probs and entropies of each response.
+    """
     folder = tmp_path_factory.mktemp("score")
     rollouts = random_rollouts(7)
     write_rollouts(folder / "rollouts.jsonl", rollouts)
-    reference: dict[str, dict[str, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+    policies = [(PolicySpec.parse(spec), temperature) for spec in SPECS for temperature in TEMPERATURES]
+
+    @torch.no_grad()
+    def scores(model: Any) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+        return {
+            f"{spec} {temperature}": [reference_scores(model, rollout, spec, temperature) for rollout in rollouts]
+            for spec, temperature in policies
+        }
+
+    reference: dict[str, dict[str, Any]] = {}
     for name, config in configs().items():
         model = write_model(config, folder / name)
-        with torch.no_grad():
-            reference[name] = {
-                f"{spec} {temperature}": [
-                    reference_scores(model, rollout, PolicySpec.parse(spec), temperature) for rollout in rollouts
-                ]
-                for spec in SPECS
-                for temperature in TEMPERATURES
-            }
+        in_fp32 = scores(model)
+        with Float64():
+            reference[name] = {"truth": scores(model.double()), "in_fp32": in_fp32}
     torch.save(reference, folder / "reference.pt")
     return folder
 
@@ -48,8 +63,8 @@ def flow_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the six models, rollouts.jsonl and reference.pt.
 
     The untied models have sharp policies (entropies from 0 to 4.5 nats and KL up to 9), the tied ones nearly flat ones.
-    reference.pt has for each model, by tests/parallel/flow_reference.py: values, means and errors (dicts of tensors),
-    and num_tokens (int64, one a response).
+    reference.pt has for each model, by tests/parallel/flow_reference.py: truth (a Flow), in_fp32 (dict of tensors) and
+    num_tokens (int64, one a response).
     """
     folder = tmp_path_factory.mktemp("flow")
     rollouts = random_rollouts(7)
@@ -60,10 +75,10 @@ def flow_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not config.tie_word_embeddings:
             model.lm_head.weight.data.mul_(10)
             model.save_pretrained(folder / name)
-        values = reference_flow(model, rollouts)
-        means, errors = summarise(values)
-        num_tokens = torch.tensor(token_counts(rollouts))
-        reference[name] = {"values": values, "means": means, "errors": errors, "num_tokens": num_tokens}
+        in_fp32 = reference_flow(model, rollouts, torch.float32)
+        with Float64():
+            truth = flow_of(reference_flow(model.double(), rollouts))
+        reference[name] = {"truth": truth, "in_fp32": in_fp32, "num_tokens": torch.tensor(token_counts(rollouts))}
     torch.save(reference, folder / "reference.pt")
     return folder
 

@@ -1,6 +1,7 @@
-"""The entropy flow by HuggingFace's own modules, dense and in float64: what every layout is compared with.
+"""The entropy flow by HuggingFace's own modules, dense: what every layout is compared with, and how near it must be.
 
-Only hooks on transformers' modules, in fp32 with eager attention; nothing of megatron_bupo computes a number here.
+Only hooks on transformers' modules with eager attention; nothing of megatron_bupo computes a number here. The truth is
+float64. How far fp32 is from it depends on the CPU: the bounds are multiples of what HuggingFace's own fp32 is off by.
 Shapes: S tokens of a sequence, T measured tokens of all responses, L layers, H hidden, V real vocabulary.
 """
 
@@ -62,6 +63,45 @@ def reference_flow(model: Any, rollouts: Sequence[Rollout], dtype: torch.dtype =
             column.append(numbers[name])
         resid_below = numbers["resid"]
     return flow | {name: torch.stack(column) for name, column in columns.items()}
+
+
+Flow = dict[str, dict[str, Tensor]]
+"""A metric's single tokens [L, T], mean [L] and standard error [L], as flow["token"], ["mean"], ["error"][metric]."""
+
+# Times the largest error of HuggingFace's fp32 at a single token. Seen with six kinds of rounding: 4.0, 0.3 and 0.2.
+FACTORS = {"token": 10.0, "mean": 3.0, "error": 3.0}
+FLOOR = 2e-6
+
+
+def flow_of(values: dict[str, Tensor]) -> Flow:
+    means, errors = summarise(values)
+    return {"token": values, "mean": means, "error": errors}
+
+
+def problems(flow: Flow, truth: Flow, in_fp32: dict[str, Tensor], slack: float = 1.0) -> list[str]:
+    """The numbers of a flow that are farther from the truth than fp32 explains, one line each.
+
+    Errors are relative to the largest number of their layer, where that is above 1. Whether the first choices agree is
+    yes or no, and in fp32 a near tie falls either way: one in a hundred may be another.
+
+    Args:
+        in_fp32: the single tokens of HuggingFace in fp32 throughout.
+        slack: multiplies all bounds.
+    """
+    off = []
+    for kind, numbers in flow.items():
+        for name, number in numbers.items():
+            tokens = truth["token"][name]
+            size = 1 + tokens.abs().amax(-1)
+            error = (number.double().reshape(truth[kind][name].shape) - truth[kind][name]).abs()
+            own = float(((in_fp32[name].double() - tokens).abs().amax(-1) / size).max())
+            largest = float((error / (size[..., None] if kind == "token" else size)).max())
+            bound = slack * (FACTORS[kind] * own + FLOOR)
+            if name == "top1_full":
+                largest, bound = float(error.mean()), 0.01
+            if not largest <= bound:
+                off.append(f"{kind} {name}: {largest:.1e} off, bound {bound:.1e}, HuggingFace's fp32 {own:.1e}")
+    return off
 
 
 def token_counts(rollouts: Sequence[Rollout]) -> list[int]:

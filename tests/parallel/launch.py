@@ -48,7 +48,8 @@ def child_environment(on_gpu: bool = False, project: Path = ROOT) -> dict[str, s
     What PYTHONPATH holds stays behind the project's folder: packages may be installed there.
     """
     path = os.pathsep.join(filter(None, (str(project), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = kept | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
     return environment if on_gpu else environment | {"CUDA_VISIBLE_DEVICES": ""}
 
 

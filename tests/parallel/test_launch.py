@@ -14,6 +14,8 @@ WORKER = """
 import os, sys
 import found_by_pythonpath, megatron_bupo
 
+assert "TRITON_INTERPRET" not in os.environ
+
 def reason():
     if os.environ["RANK"] == "1":
         raise ValueError("why it failed")
@@ -29,6 +31,7 @@ def test_a_failing_process_shows_its_traceback(tmp_path: Path, monkeypatch: pyte
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "found_by_pythonpath.py").touch()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # on a GPU its kernels are compiled
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/no such folder", str(packages)]))
     with pytest.raises(AssertionError) as failure:
         assert_passed(torchrun(2, tmp_path / "worker.py"))

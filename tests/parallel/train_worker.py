@@ -1,6 +1,6 @@
 """Under torchrun: replay every training case in one layout and compare with the HuggingFace loop.
 
-Arguments: CASES (from test_train.py), then the layout's flags. Exits 1 if anything is off.
+Arguments: CASES (from the fixture train_cases), then the layout's flags. Exits 1 if anything is off.
 """
 
 from __future__ import annotations

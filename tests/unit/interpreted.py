@@ -1,10 +1,8 @@
-"""Triton's kernels on the CPU: interpreted, which is decided when triton is first imported."""
+"""Triton's kernels on the CPU: interpreted, see tests/conftest.py."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 
 import pytest
 
@@ -12,7 +10,6 @@ from megatron_bupo.ops import tiles
 
 
 def interpreted_triton_passes() -> tiles.Passes:
-    if "triton" not in sys.modules:
-        os.environ["TRITON_INTERPRET"] = "1"
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    triton = pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    assert triton.knobs.runtime.interpret, "triton was imported before tests/conftest.py was"
     return importlib.import_module("megatron_bupo.ops.triton_passes")  # type: ignore[return-value]

@@ -19,7 +19,7 @@ from torch.distributions import Categorical, kl_divergence
 from megatron_bupo.analysis.flow_file import METRICS, NORM_METRICS
 from megatron_bupo.samples import Rollout
 from tests.parallel.flow_reference import reference_flow, summarise, token_counts
-from tests.parallel.references import NUM_LAYERS, configs, write_model
+from tests.parallel.references import NUM_LAYERS, Float64, configs, write_model
 
 ROLLOUTS = [
     Rollout(0, [5, 17, 93], [8, 2, 55, 20], response_mask=[1, 0, 1, 1]),
@@ -88,12 +88,12 @@ def second_way(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", ["qwen3-untied", "llama-tied"])
 def test_the_reference_equals_a_second_way(case: str, tmp_path: Path) -> None:
     model: Any = write_model(configs()[case], tmp_path)
-    flow = reference_flow(model, ROLLOUTS)
-    expected = second_way(model.double())
+    with Float64():
+        flow, expected = reference_flow(model.double(), ROLLOUTS), second_way(model)
     assert set(flow) == set(expected) == {*METRICS, *NORM_METRICS, "full", "embedding resid", "embedding resid_norm"}
     for name, values in flow.items():
         assert values.dtype == torch.float64
-        torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-5, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-10, msg=lambda text, name=name: name + text)
     assert flow["resid"].shape == (NUM_LAYERS, 5) and flow["full"].shape == (5,)
     assert 0 < flow["top1_full"].mean() < 1
 

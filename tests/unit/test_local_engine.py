@@ -1,7 +1,6 @@
 """The embedded engine against HuggingFace in fp32 with eager attention, and its draws against the distribution."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_bupo.rollout.engine import Generation, GenerationRequest, Sampling
 from megatron_bupo.rollout.local import LocalEngine
 from megatron_bupo.rollout.sampling import batch_noise, choose_tokens, gumbel_noise, keep_nucleus, sample_key
 from megatron_bupo.samples import Prompt
+from tests.parallel.references import Float64, policy_logits
 
 VOCAB = 61
 CPU = torch.device("cpu")
@@ -75,38 +75,13 @@ def _reference(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-@torch.no_grad()
-def _reference_logits(folder: Path, policy: str, tokens: list[int]) -> Tensor:
-    """[S, V] of any policy: one full forward of the whole model, everything else picked out of it by hooks."""
-    model = _reference(folder)
-    spec = PolicySpec.parse(policy)
-    caught: dict[str, Tensor] = {}
-
-    def catch(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: caught.update(
-            {name: output[0] if isinstance(output, tuple) else output}
-        )
-
-    # A decoder layer's own output is raw for the last layer too; hidden_states[-1] is not.
-    for number, layer in enumerate(model.model.layers, start=1):
-        layer.register_forward_hook(catch(f"layer:{number}"))
-        layer.self_attn.register_forward_hook(catch(f"attn:{number}"))
-        layer.mlp.register_forward_hook(catch(f"ffn:{number}"))
-    output = model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
-    if spec.is_full:
-        return output.logits[0]
-    if spec.module == "layer" and spec.layer is not None and spec.layer < len(model.model.layers):
-        assert torch.equal(caught[f"layer:{spec.layer}"], output.hidden_states[spec.layer])
-    hidden = caught[f"{spec.module}:{spec.layer}"][0]
-    return (model.model.norm(hidden) if spec.norm else hidden) @ model.lm_head.weight.T
-
-
 def _reference_logprobs(
     folder: Path, policy: str, prompt: list[int], response: list[int], temperature: float
 ) -> Tensor:
-    """[response, V]"""
-    logits = _reference_logits(folder, policy, prompt + response)[len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(dim=-1)
+    """[response, V] in float64."""
+    with torch.no_grad(), Float64():
+        logits = policy_logits(_reference(folder).double(), torch.tensor(prompt + response), PolicySpec.parse(policy))
+    return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(dim=-1)
 
 
 def _close(left: list[Generation], right: list[Generation]) -> None:

@@ -41,10 +41,12 @@ def make_case(scale: float = 1.0, dtype: torch.dtype = torch.float32, rows: int 
     return hidden, weight.to(dtype).requires_grad_(), targets, upstream[0], upstream[1]
 
 
-def dense_float64(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """Log-probs, entropy and the leaves they were computed from, by torch.distributions in float64."""
-    hidden = hidden.detach().double().requires_grad_()
-    weight = weight.detach().double()[:VOCAB].requires_grad_()
+def dense(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    """Log-probs, entropy and the leaves they were computed from, by torch.distributions."""
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    weight = weight.detach().to(dtype)[:VOCAB].requires_grad_()
     categorical = torch.distributions.Categorical(logits=hidden @ weight.T / temperature)
     return categorical.log_prob(targets), categorical.entropy(), hidden, weight
 
@@ -66,19 +68,22 @@ def grad(leaf: Tensor) -> Tensor:
 def test_equals_dense_float64(scale: float, temperature: float, use: str) -> None:
     hidden, weight, targets, d_logprobs, d_entropy = make_case(scale)
     logprobs, entropy = logprob_and_entropy(hidden, weight, targets, temperature=temperature, vocab_size=VOCAB)
-    expected_logprobs, expected_entropy, hidden64, weight64 = dense_float64(hidden, weight, targets, temperature)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    assert_near(logprobs, expected_logprobs, 1e-6)
-    assert_near(entropy, expected_entropy, 1e-6 if scale <= 1 else 1e-4)  # logits of 1,000 carry errors of 1e-4
 
     def loss(logprobs: Tensor, entropy: Tensor) -> Tensor:
         terms = {"logprobs": (logprobs * d_logprobs).sum(), "entropy": (entropy * d_entropy).sum()}
         return terms["logprobs"] + terms["entropy"] if use == "both" else terms[use]
 
-    loss(logprobs, entropy).backward()
-    loss(expected_logprobs, expected_entropy).backward()
-    assert_near(grad(hidden), grad(hidden64), 2e-6 if scale <= 1 else 2e-4)
-    assert_near(grad(weight)[:VOCAB], grad(weight64), 2e-6 if scale <= 1 else 2e-4)
+    def all_of(logprobs: Tensor, entropy: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        loss(logprobs, entropy).backward()
+        return logprobs, entropy, grad(hidden), grad(weight)[:VOCAB]
+
+    found = all_of(logprobs, entropy, hidden, weight)
+    expected = all_of(*dense(hidden, weight, targets, temperature))
+    in_fp32 = all_of(*dense(hidden, weight, targets, temperature, torch.float32))
+    for ours, true, fp32 in zip(found, expected, in_fp32, strict=True):
+        # Logits of 1,000 carry errors of 1e-4 in fp32, and some CPUs sum more exactly than others.
+        assert_near(ours, true, 5e-6 + 10 * float((fp32 - true).abs().max()) / max(1.0, float(true.abs().max())))
     assert torch.equal(grad(weight)[VOCAB:], torch.zeros(PADDED_VOCAB - VOCAB, HIDDEN))
 
 
@@ -89,10 +94,10 @@ def test_statistics_and_expectation_equal_dense_float64(scale: float) -> None:
     expected = expectation(hidden, weight, statistics.lse_bits, vocab_size=VOCAB, group=None)
     logits = hidden.double() @ weight[:VOCAB].double().T
     bits = logits / torch.log(torch.tensor(2.0, dtype=torch.float64))
-    assert_near(statistics.top_bits, bits.amax(1), 1e-6)
-    assert_near(statistics.target_bits, bits.gather(1, targets[:, None])[:, 0], 1e-6)
-    assert_near(statistics.lse_bits, torch.logsumexp(logits, 1) / torch.log(torch.tensor(2.0)), 1e-6)
-    assert_near(expected.embedding, logits.softmax(1) @ weight[:VOCAB].double(), 1e-6 if scale <= 1 else 1e-4)
+    assert_near(statistics.top_bits, bits.amax(1), 5e-6)
+    assert_near(statistics.target_bits, bits.gather(1, targets[:, None])[:, 0], 5e-6)
+    assert_near(statistics.lse_bits, torch.logsumexp(logits, 1) / torch.log(torch.tensor(2.0)), 5e-6)
+    assert_near(expected.embedding, logits.softmax(1) @ weight[:VOCAB].double(), 5e-6 if scale <= 1 else 1e-3)
     assert torch.equal(expected.top_token, logits.argmax(1))
 
 
@@ -132,10 +137,10 @@ def test_bf16_inputs_are_summed_in_fp32() -> None:
     """Outputs differ from float64 on the same bf16 numbers by fp32 rounding, gradients by one rounding to bf16."""
     hidden, weight, targets, d_logprobs, d_entropy = make_case(dtype=torch.bfloat16)
     logprobs, entropy = logprob_and_entropy(hidden, weight, targets, temperature=0.7, vocab_size=VOCAB)
-    expected_logprobs, expected_entropy, hidden64, weight64 = dense_float64(hidden, weight, targets, 0.7)
+    expected_logprobs, expected_entropy, hidden64, weight64 = dense(hidden, weight, targets, 0.7)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    assert_near(logprobs, expected_logprobs, 1e-6)
-    assert_near(entropy, expected_entropy, 1e-6)
+    assert_near(logprobs, expected_logprobs, 5e-6)
+    assert_near(entropy, expected_entropy, 5e-6)
     torch.autograd.backward((logprobs, entropy), (d_logprobs, d_entropy))
     torch.autograd.backward((expected_logprobs, expected_entropy), (d_logprobs, d_entropy))
     assert grad(hidden).dtype == grad(weight).dtype == torch.bfloat16
@@ -173,11 +178,11 @@ def test_two_uses_of_one_weight_add_up() -> None:
     loss.backward()
     expected_weight_grad = torch.zeros(VOCAB, HIDDEN, dtype=torch.float64)
     for i, temperature in enumerate((1.0, 0.7)):
-        logprobs, entropy, hidden64, weight64 = dense_float64(stacked[:, :, i], weight, targets, temperature)
+        logprobs, entropy, hidden64, weight64 = dense(stacked[:, :, i], weight, targets, temperature)
         torch.autograd.backward((logprobs, entropy), (d_logprobs, d_entropy))
-        assert_near(grad(stacked)[:, :, i], grad(hidden64), 2e-6)
+        assert_near(grad(stacked)[:, :, i], grad(hidden64), 1e-5)
         expected_weight_grad += grad(weight64)
-    assert_near(grad(weight)[:VOCAB], expected_weight_grad, 2e-6)
+    assert_near(grad(weight)[:VOCAB], expected_weight_grad, 1e-5)
 
 
 def test_no_rows() -> None:
