@@ -27,7 +27,8 @@ from torch import Tensor
 
 from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
-from megatron_bupo.weights.hf_files import write_hf_folder
+from megatron_bupo.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_bupo.weights.tensor_map import TensorMap
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVERTERS = ROOT / "checkpoint_converters"
@@ -67,7 +68,8 @@ def make_model(folder: Path, gigabytes: float, shard_bytes: int) -> int:
             total += tensor.nbytes
             yield name, tensor
 
-    write_hf_folder(tensors(), template, folder, torch.bfloat16, shard_bytes)
+    files = TensorMap.sharded(((name, shape, torch.bfloat16) for name, shape in shapes.items()), shard_bytes)
+    write_hf_folder(tensors(), HFFolder(files, template), folder)
     return total
 
 

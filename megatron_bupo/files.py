@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, also if the power fails; reading text lines and JSON objects."""
+"""Writing a file or a folder whole or not at all, also if the power fails; reading text lines and JSON objects."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +29,46 @@ def new_file(path: str | Path) -> Iterator[Path]:
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(beside)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder .NAME.partial beside `path`, renamed to `path` at the end; an older folder there is replaced.
+
+    For one process. After an error it is removed; after a kill it is left, and the next write removes it.
+
+    Raises:
+        UsageError: an OSError of any kind, inside the `with` too: the disk is full, the place cannot be written.
+    """
+    target = Path(path).absolute()
+    partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for written in [*partial.rglob("*"), partial]:
+            _sync(written)
+        if target.exists():  # a folder with files cannot be renamed over
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        os.replace(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def text_lines(path: str | Path) -> Iterator[str]:

@@ -6,9 +6,6 @@ from pathlib import Path
 
 from megatron_bupo.analysis.flow_file import EntropyFlow, check_measurable, span_text, write_flow
 from megatron_bupo.analysis.flow_plots import draw_flows
-from megatron_bupo.architectures.architecture import check_layout
-from megatron_bupo.architectures.families import read_architecture
-from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import EntropyFlowConfig
 from megatron_bupo.data.rollout_files import read_rollouts, write_rollouts
 from megatron_bupo.data.tokenizer import has_tokenizer, load_tokenizer
@@ -17,18 +14,15 @@ from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.rollout.engine import GenerationRequest
 from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.samples import Rollout
-from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.hf_files import open_model
 
 
 def run(config: EntropyFlowConfig) -> None:
     """Check all input; generate responses where only prompts are given; measure and draw."""
     folder = config.model.hf_model
-    arch = read_architecture(folder)
-    check_layout(arch, config.parallel)
+    arch, _, weights = open_model(folder, config.parallel)
     if arch.num_layers < 2:
         raise UsageError(f"--hf-model {folder}: the model has 1 layer; a flow from layer to layer needs 2 or more")
-    weights = HFWeights(folder)
-    weights.check(table_for(arch))
     prompting = Prompting.read(config, arch) if config.rollouts is None else None
     rollouts = None if config.rollouts is None else read_rollouts(config.rollouts, arch.vocab_size)
     if rollouts is not None:

@@ -11,25 +11,22 @@ from megatron_bupo.analysis.side_by_side import (
     open_console,
     print_side_by_side,
 )
-from megatron_bupo.architectures.families import read_architecture
-from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import GenerateConfig
 from megatron_bupo.data.rollout_files import write_rollouts
 from megatron_bupo.imports import without_gc
 from megatron_bupo.parallel.setup import processes
 from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.samples import Rollout
-from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.hf_files import open_model
 
 
 def run(config: GenerateConfig) -> None:
     """Generate with the embedded engine, each process taking its share of the requests."""
-    arch = read_architecture(config.model.hf_model)
+    # transformers, which loads the engine's model, would fill what is missing with random numbers.
+    arch = open_model(config.model.hf_model).arch
     specs = config.policies
     for spec in specs:
         spec.check(arch.num_layers)
-    # transformers, which loads the engine's model, would fill what is missing with random numbers.
-    HFWeights(config.model.hf_model).check(table_for(arch))
     prompting = Prompting.read(config, arch)
     params, tokenizer = prompting.params, prompting.tokenizer
     requests = prompting.requests(config.num_prompts, config.n_samples_per_prompt)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from megatron_bupo.architectures.architecture import check_layout
-from megatron_bupo.architectures.families import read_architecture
-from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.data.rollout_files import read_rollouts
 from megatron_bupo.parallel.setup import parallel_state
 from megatron_bupo.policy_spec import PolicySpec
-from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.hf_files import open_model
 
 
 def run(config: ScoreConfig) -> None:
     """Check all input, then start the process groups and score."""
     parallel = config.parallel
-    arch = read_architecture(config.model.hf_model)
-    check_layout(arch, parallel)
+    arch, _, weights = open_model(config.model.hf_model, parallel)
     spec = PolicySpec.parse(config.policy)
     spec.check(arch.num_layers)
-    weights = HFWeights(config.model.hf_model)
-    weights.check(table_for(arch))
     rollouts = read_rollouts(config.rollouts, arch.vocab_size)
     with parallel_state(parallel, seed=0) as state:
         from megatron_bupo.model.parallel_model import ParallelModel

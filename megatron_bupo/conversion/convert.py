@@ -8,12 +8,11 @@ and gives it the output's name when all are done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 
-from megatron_bupo.architectures.architecture import check_layout
 from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.paths import HF
@@ -27,17 +26,16 @@ from megatron_bupo.conversion.stored_model import (
     write_pieces,
 )
 from megatron_bupo.conversion.workers import Ranks, in_threads
+from megatron_bupo.files import new_folder
 from megatron_bupo.weights.checkpoint_tree import (
     RELEASE,
     TRACKER,
     Checkpoint,
     check_checkpoint_output,
     find_checkpoint,
-    partial_folder,
-    written_beside,
 )
-from megatron_bupo.weights.hf_files import HFWeights, check_output, copy_companions, write_config
-from megatron_bupo.weights.shard_files import ShardFiles, write_index
+from megatron_bupo.weights.hf_files import check_hf_output, open_model
+from megatron_bupo.weights.hf_folder import HFFolder, ShardFiles
 from megatron_bupo.weights.tensor_map import TensorMap, write_hf_side
 
 
@@ -52,10 +50,7 @@ def hf_to_megatron(
     Raises:
         UsageError: on every rank, whatever is wrong with the folder, its tensors, the layout or the output.
     """
-    arch = read_architecture(hf_model)
-    check_layout(arch, parallel)
-    table, weights = table_for(arch), HFWeights(hf_model)
-    weights.check(table)
+    arch, table, weights = open_model(hf_model, parallel)
     place = ranks.place(parallel)
     ranks.first(lambda: check_checkpoint_output(output, force))
     dtypes = stored_dtypes(weights, table)
@@ -65,10 +60,8 @@ def hf_to_megatron(
         if mapping.export
         for shape in mapping.layout.hf_shapes(arch)
     )
-    partial = partial_folder(output)
-    folder = partial / RELEASE
 
-    def write(done: Callable[[int], None]) -> list[StoredPiece]:
+    def write(folder: Path, done: Callable[[int], None]) -> list[StoredPiece]:
         if place is None:
             return []
 
@@ -78,16 +71,17 @@ def hf_to_megatron(
 
         return [piece for pieces in in_threads(place.parameters(table), one_file) for piece in pieces]
 
-    def finish() -> None:
+    def finish(partial: Path) -> None:
         write_hf_side(hf_model, partial / HF, table, weights)
-        finish_folder(folder, table, pieces, dtypes, parallel.tensor_model_parallel_size)
+        finish_folder(partial / RELEASE, table, pieces, dtypes, parallel.tensor_model_parallel_size)
         (partial / TRACKER).write_text(RELEASE)
 
-    with written_beside(output) if ranks.rank == 0 else nullcontext():
-        ranks.first(folder.mkdir)
+    with ExitStack() as stack:
+        partial = ranks.first(lambda: stack.enter_context(new_folder(output)))
+        ranks.first((partial / RELEASE).mkdir)
         with ranks.progress("writing", total) as done:
-            pieces = [piece for part in ranks.everywhere(lambda: write(done)) for piece in part]
-        ranks.first(finish)
+            pieces = [piece for part in ranks.everywhere(lambda: write(partial / RELEASE, done)) for piece in part]
+        ranks.first(lambda: finish(partial))
     return total
 
 
@@ -108,76 +102,47 @@ def megatron_to_hf(
     found = find_checkpoint(checkpoint)
     stored = StoredModel(found.folder, table_for(read_architecture(found.hf)))
     source = TensorMap.read(found.hf, stored.table)
-    target = _target(source, stored, found, dtype)
-
-    def companions(folder: Path) -> None:
-        if target is source:
-            (folder / "config.json").write_bytes((found.hf / "config.json").read_bytes())
-        else:
-            write_config(found.hf, folder, max(target.dtypes().values(), key=lambda held: held.itemsize))
-        copy_companions(found.hf, folder)
-
-    return write_hf(stored, target, output, companions, ranks, force)
+    tensors = _tensors_to_export(source, stored, found, dtype)
+    target = HFFolder(tensors, found.hf, exact=tensors is source, tied=stored.table.arch.tied)
+    return write_stored(stored, target, output, ranks, force)
 
 
-def _target(source: TensorMap | None, stored: StoredModel, found: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
+def _tensors_to_export(
+    source: TensorMap | None, stored: StoredModel, found: Checkpoint, dtype: torch.dtype | None
+) -> TensorMap:
     """Names, dtypes and files of an export; `source` itself where it is exact."""
     dtypes = stored.hf_dtypes()
     if source is None:
         shapes = stored.table.hf_shapes()
-        wanted = {name: dtype or dtypes[name] for name in shapes}
-        return TensorMap.sharded((name, shape, wanted[name]) for name, shape in shapes.items())
+        return TensorMap.sharded((name, shape, dtype or dtypes[name]) for name, shape in shapes.items())
     if dtype is None and found.converted:
         return source
     return source.with_dtypes({name: dtype or dtypes[name] for name in source.dtypes()})
 
 
-def write_hf(
-    stored: StoredModel,
-    target: TensorMap,
-    output: str | Path,
-    companions: Callable[[Path], None],
-    ranks: Ranks,
-    force: bool = False,
-) -> int:
-    """Write the tensors of `target` from a stored model; `companions(folder)` writes what lies beside them, last.
-
-    Returns and raises as `megatron_to_hf`.
-    """
-    ranks.first(lambda: check_output(output, force))
-    names = set(target.dtypes())
-    doubled = ["lm_head.weight"] if stored.table.arch.tied and "lm_head.weight" in names else []
+def write_stored(stored: StoredModel, target: HFFolder, output: str | Path, ranks: Ranks, force: bool = False) -> int:
+    """Write a HuggingFace folder with tensors of a stored model. Returns and raises as `megatron_to_hf`."""
+    ranks.first(lambda: check_hf_output(output, force))
+    names = set(target.tensors.dtypes())
     parameters = [
         (mapping, layer)
         for mapping, layer in stored.table
         if mapping.export and names.intersection(mapping.hf_names(layer))
     ]
-    partial = partial_folder(output)
 
-    def write(done: Callable[[int], None]) -> None:
-        files = ShardFiles(partial, target, create=False)
-
-        def some(worker: int, parameters: Iterator[Parameter]) -> None:
-            for mapping, layer in parameters:
+    def write(partial: Path, done: Callable[[int], None]) -> None:
+        def some(worker: int, mine: Iterator[Parameter]) -> None:
+            for mapping, layer in mine:
                 for name, tensor in zip(mapping.hf_names(layer), stored.hf_tensors(mapping, layer), strict=True):
                     done(files.write(name, tensor))
-                    if name == "model.embed_tokens.weight":
-                        for copy in doubled:
-                            done(files.write(copy, tensor))
 
-        try:
+        with closing(ShardFiles(partial, target, create=False)) as files:
             in_threads(parameters[ranks.rank :: ranks.world_size], some, both_ends=True)
-        finally:
-            files.close()
 
-    def finish() -> None:
-        write_index(partial, target)
-        companions(partial)
-
-    total = sum(entry.nbytes for entry in target.tensors)
-    with written_beside(output) if ranks.rank == 0 else nullcontext():
+    with ExitStack() as stack:
+        partial = ranks.first(lambda: stack.enter_context(new_folder(output)))
         ranks.first(lambda: ShardFiles(partial, target, create=True).close())
-        with ranks.progress("writing", total) as done:
-            ranks.everywhere(lambda: write(done))
-        ranks.first(finish)
-    return total
+        with ranks.progress("writing", target.tensors.nbytes) as done:
+            ranks.everywhere(lambda: write(partial, done))
+        ranks.first(lambda: target.finish(partial))
+    return target.tensors.nbytes

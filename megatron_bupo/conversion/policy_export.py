@@ -15,12 +15,12 @@ import torch
 from megatron_bupo.architectures.families import families, read_architecture
 from megatron_bupo.architectures.family import FINAL_NORM
 from megatron_bupo.architectures.table import WeightTable, table_for
-from megatron_bupo.conversion.convert import write_hf
+from megatron_bupo.conversion.convert import write_stored
 from megatron_bupo.conversion.stored_model import StoredModel
 from megatron_bupo.conversion.workers import Ranks
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.weights.checkpoint_tree import find_checkpoint
-from megatron_bupo.weights.hf_files import copy_companions, write_config
+from megatron_bupo.weights.hf_folder import HFFolder
 from megatron_bupo.weights.tensor_map import TensorMap
 
 MODEL_TYPE, MODULE = "internal_policy", "modeling_internal_policy"
@@ -89,15 +89,10 @@ def export_policy(
     dtypes = stored.hf_dtypes() | (source.dtypes() if source is not None and found.converted else {})
     names = _names(stored.table, spec)
     shapes = stored.table.hf_shapes()
-    target = TensorMap.sharded((name, shapes[name], dtype or dtypes[name]) for name in names)
-
-    def companions(folder: Path) -> None:
-        (folder / f"{MODULE}.py").write_text(modeling_file(arch.family, spec), encoding="utf-8")
-        copy_companions(found.hf, folder)
-        widest = max(target.dtypes().values(), key=lambda held: held.itemsize)
-        write_config(found.hf, folder, widest, **_config_changes(found.hf, spec))
-
-    return write_hf(stored, target, output, companions, ranks, force)
+    tensors = TensorMap.sharded((name, shapes[name], dtype or dtypes[name]) for name in names)
+    texts = {f"{MODULE}.py": modeling_file(arch.family, spec)}
+    target = HFFolder(tensors, found.hf, config_changes=_config_changes(found.hf, spec), texts=texts)
+    return write_stored(stored, target, output, ranks, force)
 
 
 def modeling_file(model_type: str, spec: PolicySpec) -> str:

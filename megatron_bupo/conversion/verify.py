@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.train import ParallelConfig
@@ -21,7 +21,7 @@ from megatron_bupo.errors import UsageError
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.weights.checkpoint_tree import find_checkpoint
-from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.hf_files import open_model
 
 NUM_TOKENS = 64
 # Both models are in fp32 and have the same weights: what is left is the order of sums.
@@ -35,16 +35,14 @@ def run(hf_model: str, checkpoint: str, parallel: ParallelConfig, with_logits: b
         UsageError: a folder that cannot be read, or is of another architecture than the other.
     """
     found = find_checkpoint(checkpoint)
-    arch, other = read_architecture(hf_model), read_architecture(found.hf)
-    check_layout(arch, parallel)
+    (arch, table, weights), other = open_model(hf_model, parallel), read_architecture(found.hf)
     if arch != other:
         fields = [name for name in arch.__dataclass_fields__ if getattr(arch, name) != getattr(other, name)]
         raise UsageError(
             f"{hf_model} and {checkpoint} are different models: {fields[0]} is {getattr(arch, fields[0])} and "
             f"{getattr(other, fields[0])}"
         )
-    weights, stored = HFWeights(hf_model), StoredModel(found.folder, table_for(arch))
-    weights.check(stored.table)
+    stored = StoredModel(found.folder, table)
     with parallel_state(parallel, seed=0) as state:
         compared = compare(weights, stored, Ranks(state.rank, state.world_size))
         agree = not any(one.num_different for one in compared)

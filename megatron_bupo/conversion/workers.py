@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -17,6 +17,7 @@ from megatron_bupo.config import launch
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.conversion.stored_model import RankInLayout
 from megatron_bupo.errors import UsageError
+from megatron_bupo.parallel.shared_work import on_every_rank
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -31,27 +32,20 @@ class Ranks:
     world_size: int = 1
 
     def everywhere(self, work: Callable[[], Result]) -> list[Result]:
-        """What `work` gives on every rank, on every rank; what one of them finds wrong, all raise. A barrier."""
-        outcome: Result | UsageError
-        try:
-            outcome = work()
-        except UsageError as error:
-            outcome = error
-        except OSError as error:
-            outcome = UsageError(f"{error.filename or 'the output'} cannot be written: {error.strerror or error}")
-        outcomes: list[Result | UsageError] = [outcome] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(outcomes, outcome)
-        results: list[Result] = []
-        for one in outcomes:
-            if isinstance(one, UsageError):
-                raise one
-            results.append(one)
-        return results
+        """What `work` returns on each rank, on every rank; an error of one rank is raised on all. A barrier."""
 
-    def first(self, work: Callable[[], object]) -> None:
-        """`work` on rank 0; what it finds wrong, all ranks raise. A barrier."""
-        self.everywhere(work if self.rank == 0 else lambda: None)
+        def tried() -> Result:
+            try:
+                return work()
+            except OSError as error:
+                where, why = error.filename or "the output", error.strerror or error
+                raise UsageError(f"{where} cannot be written: {why}") from error
+
+        return [tried()] if self.world_size == 1 else on_every_rank(tried)
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on rank 0, on every rank; an error of it is raised on all. A barrier."""
+        return cast(Result, self.everywhere(work if self.rank == 0 else lambda: None)[0])
 
     def place(self, parallel: ParallelConfig) -> RankInLayout | None:
         """This rank's place in megatron-core's order (TP, DP, PP); None where another replica does the same."""

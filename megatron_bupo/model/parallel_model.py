@@ -6,17 +6,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.architectures.mapping import Shard
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.train import ParallelConfig
-from megatron_bupo.errors import UsageError
 from megatron_bupo.model.build import HiddenStateModel, build_model
 from megatron_bupo.model.policy import PolicyOutput, run_policy
 from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.parallel.shared_work import on_every_rank
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import MicroBatch
 from megatron_bupo.weights.dist_checkpoint import load_model
@@ -46,22 +45,10 @@ class ParallelModel:
         self.state = state
         self.chunks: list[HiddenStateModel] = build_model(arch, parallel, state, dtype)
         if converted is None:
-            self._load(weights)
+            shard = Shard(state.tp_rank, state.tp_size)
+            on_every_rank(lambda: load_hf(self.named_parameters(), weights, arch, shard), state.host_group)
         else:
             load_model(self.chunks, converted, table_for(arch))
-
-    def _load(self, weights: HFWeights) -> None:
-        """Fill the parameters; what one rank finds wrong in its slices, every rank raises."""
-        error: UsageError | None = None
-        try:
-            load_hf(self.named_parameters(), weights, self.arch, Shard(self.state.tp_rank, self.state.tp_size))
-        except UsageError as found:
-            error = found
-        errors: list[UsageError | None] = [None] * self.state.world_size
-        dist.all_gather_object(errors, error)
-        for found_there in errors:
-            if found_there is not None:
-                raise found_there
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name with the global index of its layer, parameter) of every chunk of this rank."""

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.parallel.shared_work import on_first_rank
 from megatron_bupo.rollout.engine import TrainedModel
 
 _Answer = TypeVar("_Answer")

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_bupo.config.rollout import RolloutConfig
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
-from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState, Processes
+from megatron_bupo.parallel.shared_work import on_first_rank
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rollout.engine import (
     Generation,

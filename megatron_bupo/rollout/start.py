@@ -5,8 +5,8 @@ from __future__ import annotations
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.imports import without_gc
-from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.parallel.shared_work import on_first_rank
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.rollout.prompting import Prompting

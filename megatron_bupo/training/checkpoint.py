@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_bupo.architectures.table import WeightTable, table_for
+from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.paths import HF
-from megatron_bupo.files import new_file
+from megatron_bupo.files import new_file, new_folder
+from megatron_bupo.parallel.shared_work import on_every_rank, on_first_rank
 from megatron_bupo.training.actor import Actor
 from megatron_bupo.training.run_state import ITERATION, RUN_STATE, RunState
 from megatron_bupo.weights.checkpoint_tree import TRACKER
@@ -37,30 +38,28 @@ def save_checkpoint(actor: Actor, save: Path, run_state: RunState, source: Path,
         keep: how many of the newest iterations stay; None = all.
     """
     step = run_state.step
-    partial, folder = save / f".iter_{step:07d}.partial", save / f"iter_{step:07d}"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     optimizer = actor.optimizer_state()
     parameters = model_state(actor.chunks)
-    with tqdm(desc=f"checkpoint {step}", total=1, leave=False, disable=None if first else True) as bar:
+    hidden = None if actor.state.rank == 0 else True
+    with ExitStack() as stack, tqdm(desc=f"checkpoint {step}", total=1, leave=False, disable=hidden) as bar:
+        folder = save / f"iter_{step:07d}"
+        partial = on_first_rank(actor.state, lambda: stack.enter_context(new_folder(folder)))
         save_sharded(parameters | optimizer.sharded(parameters), partial)
         bar.update()
-    steps: list[dict[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(steps, optimizer.steps())
-    if first:
-        merged = {name: count for part in steps for name, count in part.items()}
-        (partial / RUN_STATE).write_text(replace(run_state, optimizer_steps=merged).to_json(), encoding="utf-8")
-        _write_hf_side(source, save, table_for(actor.arch))
-        shutil.rmtree(folder, ignore_errors=True)
-        _flush(partial)
-        os.replace(partial, folder)
-        with new_file(save / TRACKER) as beside:
-            beside.write_text(f"{step}\n", encoding="utf-8")
-        _remove_old(save, keep)
-    dist.barrier()
+        steps = on_every_rank(optimizer.steps, actor.state.host_group)
+
+        def finish() -> None:
+            merged = {name: count for part in steps for name, count in part.items()}
+            (partial / RUN_STATE).write_text(replace(run_state, optimizer_steps=merged).to_json(), encoding="utf-8")
+            if not (save / HF / "config.json").is_file():
+                with new_folder(save / HF) as hf_side:
+                    write_hf_side(source, hf_side, table_for(actor.arch))
+            stack.close()  # the folder takes its name
+            with new_file(save / TRACKER) as beside:
+                beside.write_text(f"{step}\n", encoding="utf-8")
+            _remove_old(save, keep)
+
+        on_first_rank(actor.state, finish)
 
 
 def load_checkpoint(actor: Actor, folder: Path, state: RunState) -> None:
@@ -69,25 +68,6 @@ def load_checkpoint(actor: Actor, folder: Path, state: RunState) -> None:
     optimizer = actor.optimizer_state()
     room = optimizer.sharded(model_state(actor.chunks), empty=True)
     optimizer.restore(load_sharded(room, folder), state.optimizer_steps)
-
-
-def _write_hf_side(source: Path, save: Path, table: WeightTable) -> None:
-    if (save / HF / "config.json").is_file():
-        return
-    beside = save / f".{HF}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    write_hf_side(source, beside, table)
-    os.replace(beside, save / HF)
-
-
-def _flush(folder: Path) -> None:
-    """Bring a folder's files to the disk, so that a renamed folder is whole after a power cut too."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove_old(save: Path, keep: int | None) -> None:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bupo.analysis.flow_file import EntropyFlow
-from megatron_bupo.architectures.architecture import Architecture, check_layout
-from megatron_bupo.architectures.families import read_architecture
-from megatron_bupo.architectures.table import table_for
+from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config import launch
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.prompts import PromptSet
@@ -21,7 +19,7 @@ from megatron_bupo.rollout.start import check_source
 from megatron_bupo.training.auto_layer import choice_so_far, layer_of_run
 from megatron_bupo.training.run_record import EarlierStart, changed_flags, fingerprint
 from megatron_bupo.training.run_state import RunIdentity, Start, find_start
-from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.hf_files import HFWeights, open_model
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
     Raises:
         UsageError: the model, data, user functions, servers or checkpoint do not fit the flags or each other.
     """
-    arch = read_architecture(config.model.hf_model)
-    check_layout(arch, config.parallel)
+    arch, _, weights = open_model(config.model.hf_model, config.parallel)
     layer = layer_of_run(config)
     layer_is_open = config.schedule.is_auto and layer is None
     if arch.num_layers < 2 and (layer_is_open or config.monitor.entropy_flow_interval):
@@ -73,8 +70,6 @@ def prepare(config: TrainConfig) -> PreparedRun:
         raise UsageError(f"{given}: {config.model.hf_model} has 1 layer; an entropy flow needs 2 or more")
     schedule = config.schedule.phases(1 if layer_is_open else layer)
     schedule.check(arch.num_layers)
-    weights = HFWeights(config.model.hf_model)
-    weights.check(table_for(arch))
     # The user's file is run here: if it fails, all ranks find it now.
     load_loss(config.algorithm.loss, config.algorithm.losses)
     load_estimator(config.algorithm.advantage_estimator)

@@ -20,7 +20,7 @@ from megatron_bupo.training.run_record import describe_run
 from megatron_bupo.training.run_state import RunState, cut_metrics
 from megatron_bupo.training.tracker import Tracker
 from megatron_bupo.training.trainer import Trainer
-from megatron_bupo.weights.hf_files import write_hf_folder
+from megatron_bupo.weights.hf_folder import HFFolder, write_hf_folder
 
 
 def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None:
@@ -119,7 +119,7 @@ def _open_tracker(run: PreparedRun) -> Tracker:
 
 def _export(actor: Actor, hf_model: str, folder: str) -> None:
     if actor.state.rank == 0:
-        write_hf_folder(actor.hf_tensors(), hf_model, folder, actor.dtype)
+        write_hf_folder(actor.hf_tensors(), HFFolder.like(hf_model, actor.dtype), folder)
     else:
         for _ in actor.hf_tensors():  # every rank takes part in gathering them
             continue

@@ -7,10 +7,6 @@ CKPT/hf/                                   config, tokenizer, generation config,
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,34 +56,3 @@ def check_checkpoint_output(output: str | Path, force: bool) -> None:
     tracker = output / TRACKER
     if output.is_symlink() or not tracker.is_file() or tracker.read_text(encoding="utf-8").strip() != RELEASE:
         raise UsageError(f"{output} exists and is no converted checkpoint; only such a folder is replaced")
-
-
-def partial_folder(output: str | Path) -> Path:
-    """The folder beside the output in which it is written; all ranks know it by this name."""
-    output = Path(output).absolute()
-    return output.with_name(f".{output.name}.partial")
-
-
-@contextmanager
-def written_beside(output: str | Path) -> Iterator[Path]:
-    """An empty folder that takes the output's name at the end, in place of what is there. One process.
-
-    After an error it is removed; after a kill it is left, and the next write removes it.
-    """
-    output, partial = Path(output).absolute(), partial_folder(output)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            old = output.with_name(f".{output.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(output, old)
-            os.replace(partial, output)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, output)
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

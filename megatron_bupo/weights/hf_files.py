@@ -1,4 +1,4 @@
-"""HuggingFace folders on disk: safetensors read by slices, and written as a stream of shards.
+"""HuggingFace folders on disk: safetensors read by slices; config and tokenizer.
 
 Reading maps the files into memory: a rank touches only the pages of the slices that it asks for. pytorch_model.bin is
 a pickle and is refused. Writing never holds more than one shard, and nothing has the output's name before it is whole.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.mapping import Shape, SliceLike
-from megatron_bupo.architectures.table import WeightTable
+from megatron_bupo.architectures.table import WeightTable, table_for
+from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.errors import UsageError
 
 SINGLE_FILE = "model.safetensors"
@@ -210,7 +210,30 @@ def _open(path: Path) -> Any:
         raise UsageError(f"{path} is truncated or no safetensors file: {error}") from error
 
 
-def check_output(output: str | Path, force: bool = False) -> None:
+class OpenModel(NamedTuple):
+    """A checked HuggingFace folder: the network's sizes, its weight table, and the tensors, not read yet."""
+
+    arch: Architecture
+    table: WeightTable
+    weights: HFWeights
+
+
+def open_model(folder: str | Path, parallel: ParallelConfig | None = None) -> OpenModel:
+    """Open a HuggingFace folder whose tensors are those that its config.json asks for.
+
+    Raises:
+        UsageError: what `read_architecture`, `HFWeights` and `HFWeights.check` refuse, or (with `parallel`) a layout
+            over which the model does not split.
+    """
+    arch = read_architecture(folder)
+    if parallel is not None:
+        check_layout(arch, parallel)
+    table, weights = table_for(arch), HFWeights(folder)
+    weights.check(table)
+    return OpenModel(arch, table, weights)
+
+
+def check_hf_output(output: str | Path, force: bool = False) -> None:
     """Raise UsageError where `output` may not be written: it exists, and `force` is not set or it is no HF folder."""
     output = Path(output)
     if not output.exists() and not output.is_symlink():
@@ -219,41 +242,6 @@ def check_output(output: str | Path, force: bool = False) -> None:
         raise UsageError(f"{output} exists; give another output, or --force to replace it")
     if output.is_symlink() or not (output / "config.json").is_file():
         raise UsageError(f"{output} exists and is no HuggingFace folder; only such a folder is replaced")
-
-
-def write_hf_folder(
-    tensors: Iterable[tuple[str, Tensor]],
-    source: str | Path,
-    output: str | Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int = 5_000_000_000,
-    force: bool = False,
-) -> None:
-    """Write a HuggingFace folder: the tensors in `dtype`, and config, generation config, tokenizer from `source`.
-
-    One process writes. Draws nothing from `tensors` where the output is refused. Everything is written in a folder
-    beside the output, which takes its name at the end; after a kill only that folder (.NAME.partial) is left, without
-    config and index, and the next write removes it.
-
-    Raises:
-        UsageError: the output exists (see `check_output`) or cannot be written, or the source has no config.json.
-    """
-    source, output = Path(source), Path(output).absolute()
-    check_output(output, force)
-    if not (source / "config.json").is_file():
-        raise UsageError(f"{source / 'config.json'} is missing; a HuggingFace folder has one")
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_shards(tensors, partial, dtype, max_shard_bytes)
-        copy_companions(source, partial)
-        write_config(source, partial, dtype)
-        _take_name(partial, output)
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def copy_companions(source: Path, output: Path) -> None:
@@ -270,49 +258,3 @@ def write_config(source: Path, output: Path, dtype: torch.dtype, **changes: Any)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(keys, str(dtype).removeprefix("torch.")) | changes
     (output / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_bytes: int) -> None:
-    """Write shard by shard, then give them their final names (which hold their number) and write the index."""
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = shard_bytes = 0
-
-    def flush() -> None:
-        save_file(shard, folder / f"shard-{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        # A tensor of its own: one that shares storage with another cannot be saved, and a view would keep all of it.
-        whole = torch.empty(tensor.shape, dtype=dtype, device="cpu").copy_(tensor.detach())
-        if shard and shard_bytes + whole.nbytes > max_bytes:
-            flush()
-            shard_bytes = 0
-        assert name not in shard, f"{name} came twice"
-        shard[name] = whole
-        shard_bytes += whole.nbytes
-        total += whole.nbytes
-    assert shard, "no tensor came"
-    flush()
-    if len(shards) == 1:
-        os.replace(folder / "shard-0.part", folder / SINGLE_FILE)
-        return
-    names = [f"model-{at + 1:05d}-of-{len(shards):05d}.safetensors" for at in range(len(shards))]
-    for at, name in enumerate(names):
-        os.replace(folder / f"shard-{at}.part", folder / name)
-    weight_map = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _take_name(partial: Path, output: Path) -> None:
-    """Put the finished folder in place; a replaced one is moved away first, as a full folder cannot be renamed over."""
-    if not output.exists():
-        os.replace(partial, output)
-        return
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(output, old)
-    os.replace(partial, output)
-    shutil.rmtree(old)

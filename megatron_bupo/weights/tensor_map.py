@@ -47,9 +47,13 @@ class TensorMap:
     index: dict[str, Any] | None
 
     @classmethod
-    def of(cls, weights: HFWeights, names: Iterable[str]) -> TensorMap:
-        """The map of a folder, of `names` only; with an index of its own where that leaves something out."""
-        kept = set(names)
+    def of(cls, weights: HFWeights, table: WeightTable) -> TensorMap:
+        """The map of a checked folder, with an index of its own where it leaves something out.
+
+        Left out are buffers that old releases saved among the weights (rotary inv_freq). A tied model's lm_head stays,
+        if the folder has one.
+        """
+        kept = {*table.hf_names(), "lm_head.weight"}
         tensors = tuple(
             TensorEntry(name, _name_of(weights.dtype(name)), weights.shape(name), weights.path(name).name)
             for name in weights.in_file_order()
@@ -60,13 +64,15 @@ class TensorMap:
         return found if len(tensors) == len(weights.names) else found.indexed()
 
     @classmethod
-    def sharded(cls, tensors: Iterable[tuple[str, Shape, torch.dtype]]) -> TensorMap:
-        """A map for tensors that come without one: shards of 5 GB, named and indexed as transformers does."""
+    def sharded(
+        cls, tensors: Iterable[tuple[str, Shape, torch.dtype]], max_shard_bytes: int | None = None
+    ) -> TensorMap:
+        """A map for tensors that come without one: shards of 5 GB by default, named and indexed as by transformers."""
         shards: list[list[tuple[str, Shape, torch.dtype]]] = [[]]
         held = 0
         for name, shape, dtype in tensors:
             size = dtype.itemsize * torch.Size(shape).numel()
-            if shards[-1] and held + size > MAX_SHARD_BYTES:
+            if shards[-1] and held + size > (max_shard_bytes or MAX_SHARD_BYTES):
                 shards.append([])
                 held = 0
             shards[-1].append((name, shape, dtype))
@@ -93,10 +99,13 @@ class TensorMap:
         """With a new index, as transformers writes it, where there are several files or there was one before."""
         if self.index is None and len(self.file_metadata) == 1:
             return self
-        total = sum(entry.nbytes for entry in self.tensors)
         weight_map = {entry.name: entry.file for entry in self.tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
         return TensorMap(self.tensors, self.file_metadata, index)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {entry.name: DTYPES[entry.dtype] for entry in self.tensors}
@@ -150,17 +159,12 @@ class TensorMap:
 
 
 def write_hf_side(hf_model: str | Path, folder: Path, table: WeightTable, weights: HFWeights | None = None) -> None:
-    """Fill CKPT/hf/ (or SAVE/hf/): config, generation config, tokenizer, chat template, tensors.json. One process.
-
-    Buffers that old releases saved among the weights (rotary inv_freq) are no part of the map.
-    """
+    """Fill CKPT/hf/ (or SAVE/hf/): config, generation config, tokenizer, chat template, tensors.json. One process."""
     source = Path(hf_model)
-    weights = weights or HFWeights(source)
-    names = {*table.hf_names(), *(["lm_head.weight"] if "lm_head.weight" in weights.names else [])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     copy_companions(source, folder)
-    TensorMap.of(weights, names).write(folder)
+    TensorMap.of(weights or HFWeights(source), table).write(folder)
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -19,8 +19,8 @@ from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.errors import UsageError
-from megatron_bupo.parallel.first_rank import FirstRankFailed, on_first_rank
 from megatron_bupo.parallel.setup import parallel_state
+from megatron_bupo.parallel.shared_work import RankFailed, on_first_rank
 from megatron_bupo.rollout.led_model import LedModel
 from megatron_bupo.weights.hf_files import HFWeights
 
@@ -62,7 +62,7 @@ def main() -> None:
         assert led.run(leave_early) == "rank 0", "the work runs on the first rank, its answer reaches all"
         found = led.run(use_all)
         check_against_hf(folder, seen, found, is_first=state.rank == 0)
-        check_failure(lambda: led.run(fail), ValueError if state.rank == 0 else FirstRankFailed, "half-way")
+        check_failure(lambda: led.run(fail), ValueError if state.rank == 0 else RankFailed, "half-way")
         assert led.run(in_another_thread) == found, "after a failure the ranks are still in step"
         check_failure(lambda: on_first_rank(state, refuse), UsageError, "no such thing")
 

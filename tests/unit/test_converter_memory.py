@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
-from megatron_bupo.weights.hf_files import write_hf_folder
+from megatron_bupo.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_bupo.weights.tensor_map import TensorMap
 from tests.parallel.launch import assert_passed, run_python
 
 SHARD_MB, LIMIT_MB, MODEL_MB = 50, 150, 600
@@ -48,7 +49,8 @@ def test_peak_is_far_below_the_model(tmp_path: Path) -> None:
         for name, shape in shapes.items():
             yield name, values[: torch.Size(shape).numel()].view(shape)
 
-    write_hf_folder(tensors(), tmp_path / "template", source, torch.bfloat16, SHARD_MB * 10**6)
+    files = TensorMap.sharded(((name, shape, torch.bfloat16) for name, shape in shapes.items()), SHARD_MB * 10**6)
+    write_hf_folder(tensors(), HFFolder(files, tmp_path / "template"), source)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2**20
     assert size > MODEL_MB and len(list(source.glob("*.safetensors"))) > 10
     peaks = peak_mb("to-megatron", source, stored), peak_mb("to-hf", stored, back)

@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.errors import UsageError
-from megatron_bupo.weights.hf_files import HFWeights, check_output, write_hf_folder
+from megatron_bupo.weights.hf_files import HFWeights, check_hf_output
+from megatron_bupo.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_bupo.weights.tensor_map import TensorMap
 from tests.parallel.launch import HANG_S
 from tests.unit.tiny_hf import hf_state, save_tiny
 
@@ -127,27 +129,32 @@ def test_refuses_broken_indices(tmp_path: Path) -> None:
         HFWeights(tmp_path)
 
 
-@pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(5_000_000_000, 1), (8_000, None)])
+@pytest.mark.parametrize("shards", ["5GB", "8KB"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_written_loads_in_transformers(
-    tmp_path: Path, tied: bool, max_shard_bytes: int, num_files: int | None
-) -> None:
+def test_what_is_written_loads_in_transformers(tmp_path: Path, tied: bool, shards: str) -> None:
     source, output = tmp_path / "source", tmp_path / "new" / "output"
-    model, _ = save_tiny(source, "qwen3", tied)
+    model, _ = save_tiny(source, "qwen3", tied, max_shard_size=shards)
     (source / "tokenizer_config.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "modeling_own.py").write_text("raise SystemExit")
     (source / "generation_config.json").write_text('{"temperature": 0.6}')
-    write_hf_folder(iter(hf_state(model).items()), source, output, torch.float32, max_shard_bytes)
+    changed = {name: tensor + 1 for name, tensor in reversed(hf_state(model).items())}
+    model.load_state_dict(changed, strict=False)
+    write_hf_folder(iter(changed.items()), HFFolder.like(source, torch.float32), output)
+    # Another dtype or other values change neither the files nor what each holds.
+    write_hf_folder(iter(changed.items()), HFFolder.like(source, torch.bfloat16), tmp_path / "half")
+    assert (output / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    whole, half, given = HFWeights(output), HFWeights(tmp_path / "half"), HFWeights(source)
+    for written in (whole, half):
+        assert [(name, written.path(name).name) for name in written.in_file_order()] == [
+            (name, given.path(name).name) for name in given.in_file_order()
+        ]
+    assert whole.index == given.index and (half.index is None) == (given.index is None)
+    if half.index is not None and given.index is not None:
+        sizes = half.index["metadata"]["total_size"], given.index["metadata"]["total_size"]
+        assert half.index["weight_map"] == given.index["weight_map"] and 2 * sizes[0] == sizes[1]
     files = sorted(path.name for path in output.glob("*.safetensors"))
-    if num_files == 1:
-        assert files == ["model.safetensors"] and not (output / "model.safetensors.index.json").exists()
-    else:
-        total = len(files)
-        assert total > 2 and files == [f"model-{at:05d}-of-{total:05d}.safetensors" for at in range(1, total + 1)]
-        assert all((output / file).stat().st_size < 8_000 + 2_000 for file in files)  # and the header
-        index = json.loads((output / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in hf_state(model).values())
+    assert (len(files) > 2) == (shards == "8KB")
     with safe_open(output / files[0], "pt") as file:
         assert file.metadata() == {"format": "pt"}
     companions = {path.name for path in output.iterdir()} - set(files) - {"model.safetensors.index.json"}
@@ -167,7 +174,7 @@ def test_config_says_the_dtype(tmp_path: Path, key: str | None, written: str) ->
     config = json.loads((source / "config.json").read_text())
     del config["dtype"]
     (source / "config.json").write_text(json.dumps({**config, **({key: "float32"} if key else {})}))
-    write_hf_folder(iter(hf_state(model).items()), source, output, torch.bfloat16)
+    write_hf_folder(iter(hf_state(model).items()), HFFolder.like(source, torch.bfloat16), output)
     after = json.loads((output / "config.json").read_text())
     assert after == {**config, written: "bfloat16"}
     assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
@@ -177,9 +184,19 @@ def test_config_says_the_dtype(tmp_path: Path, key: str | None, written: str) ->
 def test_views_of_one_storage_are_written_apart(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "llama", tied=False)
     both = torch.randn(4, 3)
-    write_hf_folder(iter([("a", both[:2]), ("b", both[2:])]), tmp_path / "source", tmp_path / "out", torch.float32)
+    files = TensorMap.sharded([("a", (2, 3), torch.float32), ("b", (2, 3), torch.float32)])
+    write_hf_folder(iter([("b", both[2:]), ("a", both[:2])]), HFFolder(files, tmp_path / "source"), tmp_path / "out")
     weights = HFWeights(tmp_path / "out")
     assert torch.equal(weights.slice("a")[:], both[:2]) and torch.equal(weights.slice("b")[:], both[2:])
+
+
+def test_a_doubled_tied_head_is_written_twice(tmp_path: Path) -> None:
+    """As the converters' export does: the files of a source stay as they are."""
+    source = tmp_path / "source"
+    model, _ = save_tiny(source, "qwen3", tied=True)
+    save_file({**hf_state(model), "lm_head.weight": model.lm_head.weight.clone()}, source / "model.safetensors")
+    write_hf_folder(iter(hf_state(model).items()), HFFolder.like(source, torch.float32), tmp_path / "out")
+    assert torch.equal(HFWeights(tmp_path / "out").slice("lm_head.weight")[:], model.lm_head.weight)
 
 
 def test_existing_output(tmp_path: Path) -> None:
@@ -195,39 +212,40 @@ def test_existing_output(tmp_path: Path) -> None:
     output.mkdir()
     (output / "diary.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists; give another output, or --force"):
-        write_hf_folder(tensors(), source, output, torch.float32)
+        write_hf_folder(tensors(), HFFolder.like(source, torch.float32), output)
     with pytest.raises(UsageError, match="no HuggingFace folder; only such a folder is replaced"):
-        write_hf_folder(tensors(), source, output, torch.float32, force=True)
+        write_hf_folder(tensors(), HFFolder.like(source, torch.float32), output, force=True)
     assert not drawn and (output / "diary.txt").read_text() == "mine"
     # Replacing the very folder that the tensors and the tokenizer come from.
     weights = HFWeights(source)
     stream = ((name, weights.slice(name)[:]) for name in weights.names)
-    write_hf_folder(stream, source, source, torch.bfloat16, force=True)
+    write_hf_folder(stream, HFFolder.like(source, torch.bfloat16), source, force=True)
     assert HFWeights(source).dtype(NORM) == torch.bfloat16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
-    check_output(tmp_path / "nothing yet")
+    check_hf_output(tmp_path / "nothing yet")
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "llama", tied=False)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written"):
-        write_hf_folder(iter([("a", torch.ones(1))]), tmp_path / "source", tmp_path / "file" / "out", torch.float32)
+        write_hf_folder(iter([]), HFFolder.like(tmp_path / "source", torch.float32), tmp_path / "file" / "out")
     with pytest.raises(UsageError, match=r"config\.json is missing"):
-        write_hf_folder(iter([("a", torch.ones(1))]), tmp_path, tmp_path / "out", torch.float32)
+        HFFolder.like(tmp_path, torch.float32)
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
-    save_tiny(source, "llama", tied=False)
+    model, _ = save_tiny(source, "llama", tied=False)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield "a", torch.ones(10)
-        yield "b", torch.ones(10)
+        yield from list(hf_state(model).items())[:-1]
         raise RuntimeError("rank 1 is gone")
 
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
-        write_hf_folder(tensors(), source, output, torch.float32, max_shard_bytes=40)
+        write_hf_folder(tensors(), HFFolder.like(source, torch.float32), output)
+    with pytest.raises(AssertionError, match="bytes came"):  # a tensor is missing, and its place holds zeros
+        write_hf_folder(list(hf_state(model).items())[:-1], HFFolder.like(source, torch.float32), output)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -240,14 +258,14 @@ def test_killed_write_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
         yield from list(state.items())[:-1]
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write = (tensors(), source, output, torch.float32, 4_000)
+    write = (tensors(), HFFolder.like(source, torch.float32), output)
     child = multiprocessing.get_context("fork").Process(target=write_hf_folder, args=write)
     child.start()
     child.join(HANG_S)
     assert child.exitcode == -signal.SIGKILL
     assert not output.exists()
     partial = tmp_path / ".output.partial"
-    assert list(partial.glob("shard-*.part")), "the child was killed before it wrote anything"
-    assert not list(partial.glob("*.safetensors")) and not list(partial.glob("*.json"))
-    write_hf_folder(iter(state.items()), source, output, torch.float32, 4_000)
+    assert list(partial.glob("*.safetensors")), "the child was killed before it wrote anything"
+    assert not list(partial.glob("*.json"))
+    write_hf_folder(iter(state.items()), HFFolder.like(source, torch.float32), output)
     assert not partial.exists() and set(HFWeights(output).names) == set(state)

@@ -19,8 +19,8 @@ from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.config.rollout import SGLangConfig
-from megatron_bupo.parallel.first_rank import on_first_rank
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
+from megatron_bupo.parallel.shared_work import on_first_rank
 from megatron_bupo.rollout.led_model import LedModel
 from megatron_bupo.rollout.sglang.client import SGLangClient
 from megatron_bupo.rollout.sglang.servers import Servers

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt, SyncMethod
-from megatron_bupo.weights.hf_files import write_hf_folder
+from megatron_bupo.weights.hf_folder import HFFolder, write_hf_folder
 
 
 class FolderOnDisk(SyncMethod):
@@ -29,9 +29,8 @@ class FolderOnDisk(SyncMethod):
     name = "disk"
     in_session = False
 
-    def __init__(self, folder: Path, hf_model: str, shard_bytes: int) -> None:
-        self._own = folder.absolute()
-        self._hf_model, self._shard_bytes = hf_model, shard_bytes
+    def __init__(self, folder: Path, hf_model: str) -> None:
+        self._own, self._hf_model = folder.absolute(), hf_model
         self._newest: Path | None = None
 
     def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -40,9 +39,8 @@ class FolderOnDisk(SyncMethod):
         target = self._own / re.sub(r"[^\w.-]", "_", f"version-{attempt.version}")
         stream = iter(tensors)
         first = next(stream)
-        write_hf_folder(
-            _chain(first, stream), self._hf_model, target, first[1].dtype, self._shard_bytes, force=target.exists()
-        )
+        written = HFFolder.like(self._hf_model, first[1].dtype)
+        write_hf_folder(itertools.chain([first], stream), written, target, force=target.exists())
         if self._newest not in (None, target):
             shutil.rmtree(self._newest)
         self._newest = target
@@ -65,11 +63,3 @@ def sync_folder(weight_sync_dir: str | None, save: str | None) -> Path | None:
         return Path(save) / "sglang" / "weights" if save else None
     name = hashlib.blake2b(os.path.realpath(save).encode(), digest_size=6).hexdigest() if save else uuid.uuid4()
     return Path(weight_sync_dir) / f"weights-{name}"
-
-
-def _chain(first: tuple[str, Tensor], rest: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    dtype: torch.dtype = first[1].dtype
-    yield first
-    for name, tensor in rest:
-        assert tensor.dtype == dtype, f"{name} is {tensor.dtype}: a folder has one dtype, {dtype}"
-        yield name, tensor

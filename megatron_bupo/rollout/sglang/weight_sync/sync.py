@@ -36,10 +36,10 @@ class WeightSync:
 
     Args:
         method: tensor posts messages, distributed broadcasts in a process group, disk writes files.
-        bucket_bytes: of weights in one message, or in one file.
+        bucket_bytes: of weights in one message.
         timeout_s: for one message.
         folder: for disk; the servers can read it, and no other run uses it: its contents are removed.
-        hf_model: its config and tokenizer are written next to the files.
+        hf_model: for disk; the files have its names, and its config and tokenizer are written beside them.
         vocab_size: without padding; the fixed prompt has no token above it.
         tied: whether the unembedding is the embedding, and the servers have no tensor for it.
     """
@@ -58,7 +58,7 @@ class WeightSync:
         self._method: SyncMethod
         if method == "disk":
             assert folder is not None, "disk needs a folder"
-            self._method = FolderOnDisk(folder, hf_model, bucket_bytes)
+            self._method = FolderOnDisk(folder, hf_model)
         elif method == "distributed":
             self._method = Broadcasts(bucket_bytes)
         else:
