@@ -20,7 +20,7 @@ from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.parallel.setup import parallel_state
-from megatron_bupo.parallel.shared_work import RankFailed, on_first_rank
+from megatron_bupo.parallel.shared_work import RankFailed, on_every_rank, on_first_rank
 from megatron_bupo.rollout.led_model import LedModel
 from megatron_bupo.weights.hf_files import HFWeights
 
@@ -65,6 +65,20 @@ def main() -> None:
         check_failure(lambda: led.run(fail), ValueError if state.rank == 0 else RankFailed, "half-way")
         assert led.run(in_another_thread) == found, "after a failure the ranks are still in step"
         check_failure(lambda: on_first_rank(state, refuse), UsageError, "no such thing")
+        check_on_every_rank(state.rank, state.world_size)
+
+
+def check_on_every_rank(rank: int, world_size: int) -> None:
+    assert on_every_rank(lambda: 10 * rank) == [10 * one for one in range(world_size)]
+    last = world_size - 1
+
+    def fail_on_last(error: Exception) -> None:
+        if rank == last:
+            raise error
+
+    check_failure(lambda: on_every_rank(lambda: fail_on_last(UsageError("no such thing"))), UsageError, "no such thing")
+    kind = ValueError if rank == last else RankFailed
+    check_failure(lambda: on_every_rank(lambda: fail_on_last(ValueError("half-way"))), kind, "half-way")
 
 
 def refuse() -> None:

@@ -23,6 +23,7 @@ from tests.parallel.launch import (
     torchrun,
 )
 from tests.parallel.resume_worker import STEPS, differences, stopped_after, timeless, train_words
+from tests.unit.converting import assert_same_files
 
 DP2 = ["--use-distributed-optimizer"]
 
@@ -125,8 +126,9 @@ def test_sigkill_and_the_same_command_again(train_cases: Path, whole_runs: Path,
     assert not list(run.glob(".iter_*"))
 
 
-def test_a_runs_folder_serves_the_export(whole_runs: Path, tmp_path: Path) -> None:
-    """megatron_to_hf.py takes SAVE: the newest iteration, in the training dtype, equal to --save-hf."""
-    exporter = ["checkpoint_converters/megatron_to_hf.py", "--checkpoint", str(whole_runs / "fp32")]
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_runs_folder_serves_the_export(whole_runs: Path, tmp_path: Path, dtype: str) -> None:
+    """megatron_to_hf.py takes SAVE: the newest iteration, in the training dtype, byte for byte as --save-hf."""
+    exporter = ["checkpoint_converters/megatron_to_hf.py", "--checkpoint", str(whole_runs / dtype)]
     assert_passed(run_python(*exporter, "--output", tmp_path / "export"))
-    assert differences(whole_runs / "fp32" / "out", tmp_path / "export") == []
+    assert_same_files(whole_runs / dtype / "out", tmp_path / "export")
