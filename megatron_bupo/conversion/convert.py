@@ -42,13 +42,13 @@ from megatron_bupo.weights.tensor_map import TensorMap, write_hf_side
 def hf_to_megatron(
     hf_model: str | Path, output: str | Path, parallel: ParallelConfig, ranks: Ranks, force: bool = False
 ) -> int:
-    """Write CKPT from a HuggingFace folder. The layout only says which rank writes what; any other loads it.
+    """Write CKPT from a HuggingFace folder. The layout only decides which rank writes what; any other loads it.
 
     Returns:
         The number of bytes of the stored tensors.
 
     Raises:
-        UsageError: on every rank, whatever is wrong with the folder, its tensors, the layout or the output.
+        UsageError: on every rank, the folder, its tensors, the layout or the output is refused.
     """
     arch, table, weights = open_model(hf_model, parallel)
     place = ranks.place(parallel)
@@ -90,14 +90,14 @@ def megatron_to_hf(
 ) -> int:
     """Write a HuggingFace folder from CKPT or a training run's SAVE.
 
-    What a converter wrote goes out in the source's dtypes and files, tensor for tensor; what was trained in the dtype
-    of its training; `dtype` overrides both.
+    A converted checkpoint is exported in the source's dtypes and files, a trained one in the dtype of its training;
+    `dtype` overrides both.
 
     Returns:
         The number of bytes of the written tensors.
 
     Raises:
-        UsageError: on every rank, whatever is wrong with the checkpoint, its tensors or the output.
+        UsageError: on every rank, the checkpoint, its tensors or the output is refused.
     """
     found = find_checkpoint(checkpoint)
     stored = StoredModel(found.folder, table_for(read_architecture(found.hf)))

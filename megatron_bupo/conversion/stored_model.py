@@ -1,8 +1,8 @@
-"""A model's distributed checkpoint written and read parameter by parameter: nobody builds the model.
+"""A distributed checkpoint written and read parameter by parameter, without building the model.
 
-What megatron-core's GPTModel would save, from the weight table alone: the keys of transformer-engine's spec, all layers
+The weight table alone says what megatron-core's GPTModel would save: the keys of transformer-engine's spec, all layers
 stacked under one key, gate and up as two pieces of linear_fc1, the vocabulary padded to a multiple of the
-tensor-parallel ranks. The tests compare with what megatron-core itself writes and let it load what is written here.
+tensor-parallel ranks. The tests compare the result with megatron-core's own checkpoint, and let megatron-core load it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RankInLayout:
     vpp_size: int = 1
 
     def parameters(self, table: WeightTable) -> list[Parameter]:
-        """What this rank writes, in the order of the network; what all ranks hold is written by the first."""
+        """The parameters that this rank writes, in the order of the network; replicated ones are written by TP rank 0."""
         return [
             (mapping, layer)
             for mapping, layer in table
@@ -103,7 +103,7 @@ def write_pieces(
     dtypes: dict[str, torch.dtype],
     done: Callable[[int], None],
 ) -> list[StoredPiece]:
-    """Write a rank's slices of parameters one after the other into one file; `done` hears of every piece's bytes."""
+    """Write a rank's slices of parameters one after the other into one file; `done(num_bytes)` after every piece."""
     written = []
     with SteadyFile(path) as file:
         for mapping, layer in parameters:
@@ -140,7 +140,7 @@ def _alone(tensor: Tensor) -> Tensor:
 def finish_folder(
     folder: Path, table: WeightTable, pieces: list[StoredPiece], dtypes: dict[str, torch.dtype], tp_size: int
 ) -> None:
-    """Write what makes the pieces of all ranks a checkpoint; the file by which megatron-core knows one comes last."""
+    """Write the metadata of the pieces of all ranks; last the file by which megatron-core recognizes a checkpoint."""
     described: dict[str, Any] = {}
     for mapping, layer in table:
         if not mapping.export or layer:

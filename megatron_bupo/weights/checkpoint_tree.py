@@ -47,7 +47,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def check_checkpoint_output(output: str | Path, force: bool) -> None:
-    """Raise UsageError where a converted checkpoint may not be written: only such a one is replaced, by `force`."""
+    """Raise UsageError if `output` exists, unless `force` is set and it is a converted checkpoint."""
     output = Path(output)
     if not output.exists() and not output.is_symlink():
         return

@@ -1,8 +1,8 @@
 """megatron-core's distributed checkpoint (torch_dist): a model's sharded state, saved once, loaded in any layout.
 
 Keys are those of transformer-engine's layer spec, whichever spec the model has, with all layers stacked under one key
-([layers, ...]). A folder's `.metadata` is a pickle: it is read here first, by an unpickler that knows nothing but
-torch's description of tensors, so that a foreign or broken folder ends with one line and runs nothing.
+([layers, ...]). A folder's `.metadata` is a pickle. An unpickler that accepts only torch's
+description of tensors reads it first: a foreign or broken folder gives an error of one line, and none of its code runs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load what `state` asks for, in this run's layout; what else the folder holds is left alone. A collective.
+    """Load the entries of `state`, in this run's layout; the folder may have others. A collective.
 
     Returns:
         The loaded values in `state`'s structure, with the plain values saved beside them. Tensors of plain
@@ -153,7 +153,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that describe a checkpoint, and none that could do anything else."""
+    """Accepts only the classes that describe a checkpoint; they run no code of the file."""
 
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
     _NAMES = frozenset(
@@ -177,7 +177,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Turn what torch and megatron-core raise over files and mismatches into one line."""
+    """Turn the errors of torch and megatron-core about files and mismatches into a UsageError of one line."""
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     try:

@@ -47,7 +47,7 @@ COPIED_FILES = (
 
 @dataclass(frozen=True)
 class _FiniteSlice:
-    """A slice of a tensor in a file that refuses to hand out NaN and infinities."""
+    """A slice of a tensor in a file; reading NaN or infinities from it is an error."""
 
     name: str
     path: Path
@@ -125,7 +125,7 @@ class HFWeights:
         return [name for file in files for name in self._header(file).tensors if self._where.get(name) == file]
 
     def file_metadata(self, path: Path) -> dict[str, str] | None:
-        """What a file says about itself (`__metadata__`), usually {"format": "pt"}."""
+        """The metadata of a file (`__metadata__` in its header), usually {"format": "pt"}."""
         return self._header(path).metadata
 
     def check(self, table: WeightTable) -> None:
@@ -234,7 +234,7 @@ def open_model(folder: str | Path, parallel: ParallelConfig | None = None) -> Op
 
 
 def check_hf_output(output: str | Path, force: bool = False) -> None:
-    """Raise UsageError where `output` may not be written: it exists, and `force` is not set or it is no HF folder."""
+    """Raise UsageError if `output` exists, unless `force` is set and it is a HuggingFace folder."""
     output = Path(output)
     if not output.exists() and not output.is_symlink():
         return

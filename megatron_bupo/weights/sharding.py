@@ -1,7 +1,7 @@
 """From HuggingFace files into the parameters of a parallel model, and from there back as a stream of HF tensors.
 
-Both read the weight table and nothing else. Names here are global: `decoder.layers.{i}` with i from 0 over the whole
-model, whatever the pipeline stage or the virtual stage.
+Both directions follow the weight table alone. Names here are global: `decoder.layers.{i}` with i from 0 over the whole
+model, in every pipeline stage and virtual stage.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _gather(mapping: Mapping, shard: Tensor, tp_size: int, tp_group: dist.Proces
 
 
 def _assert_whole_layers(table: WeightTable, params: dict[str, nn.Parameter]) -> None:
-    """A parameter that the model lacks would be left out in silence (say q/k norms that nobody switched on)."""
+    """Without this check a parameter that the model lacks (say its q and k norms) would be skipped in silence."""
     present = {_key(table, name) for name in params}
     layers = {table.lookup(name)[1] for name in params} - {None}
     for layer in layers:

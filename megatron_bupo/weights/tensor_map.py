@@ -1,4 +1,4 @@
-"""CKPT/hf/: what a HuggingFace folder has beside its numbers, so that an export gives back the same folder.
+"""CKPT/hf/: a HuggingFace folder without its tensors' values, from which an export makes the same folder again.
 
 config, generation config, tokenizer and chat template as they are, and `tensors.json`: every tensor's name, dtype,
 shape and file, in the order in which they lie there, with each file's own metadata and the index.

@@ -29,11 +29,16 @@ def test_after_an_error_the_older_folder_is_still_there(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "file").write_text("one")
-    with pytest.raises(RuntimeError, match="half-way"), new_folder(target) as partial:
-        (partial / "file").write_text("two")
-        raise RuntimeError("half-way")
-    with pytest.raises(UsageError, match="out cannot be written: .* No space left"), new_folder(target) as partial:
-        raise OSError(28, "No space left on device")
+
+    def write(error: Exception) -> None:
+        with new_folder(target) as partial:
+            (partial / "file").write_text("two")
+            raise error
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        write(RuntimeError("half-way"))
+    with pytest.raises(UsageError, match=r"out cannot be written: .* No space left"):
+        write(OSError(28, "No space left on device"))
     assert (target / "file").read_text() == "one" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
