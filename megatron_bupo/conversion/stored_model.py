@@ -58,7 +58,7 @@ class RankInLayout:
     vpp_size: int = 1
 
     def parameters(self, table: WeightTable) -> list[Parameter]:
-        """The parameters that this rank writes, in the order of the network; replicated ones are written by TP rank 0."""
+        """The parameters that this rank writes, in the order of the network; TP rank 0 writes the replicated ones."""
         return [
             (mapping, layer)
             for mapping, layer in table
