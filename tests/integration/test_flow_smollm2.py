@@ -81,7 +81,7 @@ def test_smollm2_equals_huggingface(
         assert off(written_flow(tmp_path / name)) == [], name
         flow = json.loads((tmp_path / name / "entropy_flow.json").read_text())
         assert flow["num_tokens"] == sum(len(rollout.response_tokens) for rollout in rollouts)
-        assert flow["final_entropy"] == pytest.approx(flow["layers"][-1]["resid@norm"], rel=1e-6)
+        assert flow["final_entropy"] == pytest.approx(flow["layers"][-1]["resid@norm"], rel=1e-5)
         assert "".join(flow["heatmap"]["tokens"]) == ANSWERS["Is 7 a prime number?"]
         for figure in ("entropy_flow", "entropy_change", "residual_cosine", "agreement", "token_heatmap"):
             assert (tmp_path / name / f"{figure}.png").stat().st_size > 10_000
