@@ -20,9 +20,18 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 FIRST_RANK_SPEAKS_S = 20.0
 _GroupT = TypeVar("_GroupT", bound=Group)
 
-# When Python ends it looks for cycles among all objects, of which torch and transformers make a million: seconds of
-# work for memory that goes back to the system anyway. Frozen objects are left out.
-atexit.register(gc.freeze)
+
+def _leave_out_the_search() -> None:
+    """When Python ends it looks for cycles among all objects, of which torch and transformers make a million: seconds
+    of work for memory that goes back to the system anyway. Frozen objects are left out.
+
+    Not where triton was imported: it prints 30 lines about functions of its own that were not freed.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
+
+
+atexit.register(_leave_out_the_search)
 
 
 def exit_code(prog: str, work: Callable[[], int | None]) -> int:

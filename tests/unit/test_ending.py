@@ -48,3 +48,11 @@ def test_python_ends_without_a_search_for_cycles(program: str, printed: str) -> 
     """It takes seconds where torch and transformers were imported."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, printed), done.stderr
+
+
+def test_triton_reports_no_leaks() -> None:
+    """A GPU's kernels import it; its report would be the last that every run prints, and the last of `make test`."""
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    program = "import triton, megatron_bupo.config.program"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
