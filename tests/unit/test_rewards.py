@@ -98,18 +98,21 @@ def test_no_box_scores_zero():
     assert score("5", "5") == 0.0
 
 
-def test_a_hanging_comparison_is_killed_and_counted():
-    # sympy would compute 9^(9^(9^9)), which has more digits than there are atoms.
-    hanging = rollout(r"\boxed{9^{9^{9^{9}}}}")
+def test_a_hanging_comparison_is_killed_and_counted(tmp_path):
+    # One multiplication in C that no signal handler of Python interrupts: 9^(9^(9^9)) has more digits than atoms exist.
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def hangs(record):\n"
+        "    large = 9 if record['response'] == 'x' else 1\n"
+        "    return float(9**9**large**large > 0 and record['response'] == '5')\n"
+    )
     seen: list[int] = []
-    with RewardRunner("math", timeout_s=3.0, num_workers=2) as runner:
-        assert runner.score([rollout(r"\boxed{5}")]).rewards == [1.0]  # workers are up: now the clock runs
+    with RewardRunner(f"{file}:hangs", timeout_s=3.0, num_workers=2) as runner:
+        assert runner.score([rollout("5")]).rewards == [1.0]  # workers are up: now the clock runs
         start = time.monotonic()
-        result = runner.score(
-            [hanging, rollout(r"\boxed{5}"), rollout("no"), hanging, rollout(r"\boxed{5}")], seen.append
-        )
+        result = runner.score([rollout(text) for text in ("x", "5", "no", "x", "5")], seen.append)
         elapsed = time.monotonic() - start
-        assert runner.score([rollout(r"\boxed{10/2}")]).rewards == [1.0]
+        assert runner.score([rollout("5")]).rewards == [1.0]
     assert result.rewards == [0.0, 1.0, 0.0, 0.0, 1.0]
     assert result.timeouts == 2
     assert seen == [1, 2, 3, 4, 5]
