@@ -27,6 +27,7 @@ REQUIREMENTS = [
     "pyyaml>=6.0",
     "rich>=13.7",
     "safetensors>=0.5",
+    "sympy>=1.13",
     "tensorboard>=2.16",
     "tqdm>=4.66",
 ]
