@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,19 @@ from transformers import AutoModelForCausalLM
 from megatron_bupo.__main__ import main
 from megatron_bupo.data.rollout_files import read_rollouts
 from megatron_bupo.policy_spec import PolicySpec
+from tests.parallel.launch import assert_passed, run_python, torchrun
 from tests.parallel.references import policy_logits
-from tests.parallel.test_generation import Run, generate, launch, write_inputs
+from tests.parallel.test_generation import Run, generate, write_inputs
 
 POLICIES = ["layer:2", "full", "ffn:3@norm"]
 PROMPTS, SAMPLES = 10, 3
+
+
+@dataclass(frozen=True)
+class Command(Run):
+    """The folder of a finished command, and what it printed."""
+
+    result: subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +37,23 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path) -> dict[str, Run]:
-    def words(name: str, *policies: str) -> list[str]:
-        return [*generate(inputs, inputs / name), "--rollout-temperature", "0.8", "--policy", *policies]
+def runs(inputs: Path) -> dict[str, Command]:
+    def run(name: str, processes: int, *policies: str) -> Command:
+        words = ["-m", "megatron_bupo", *generate(inputs, inputs / name)]
+        words += ["--rollout-temperature", "0.8", "--policy", *policies]
+        result = run_python(*words) if processes == 1 else torchrun(processes, *words)
+        assert_passed(result)
+        return Command(inputs / name, result)
 
-    return launch(
-        inputs,
-        {
-            "several": (1, words("several", *POLICIES)),
-            "several2": (2, words("several2", *POLICIES)),
-            "layer:2": (1, words("layer:2", "layer:2")),
-            "full": (1, words("full", "full")),
-        },
-    )
+    return {
+        "several": run("several", 1, *POLICIES),
+        "several2": run("several2", 2, *POLICIES),
+        "layer:2": run("layer:2", 1, "layer:2"),
+        "full": run("full", 1, "full"),
+    }
 
 
-def blocks(run: Run) -> dict[str, list[dict[str, Any]]]:
+def blocks(run: Command) -> dict[str, list[dict[str, Any]]]:
     """The records of each policy, which stand one policy after the other; their key `policy` is taken off."""
     lines = run.lines()
     size = PROMPTS * SAMPLES
@@ -53,13 +64,13 @@ def blocks(run: Run) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def table(run: Run) -> list[list[list[str]]]:
+def table(run: Command) -> list[list[list[str]]]:
     """The words of each row of the table, by column."""
     rows = [line.split("│") for line in run.result.stdout.splitlines() if line.strip()[:1].isdigit()]
     return [[cell.split() for cell in row] for row in rows]
 
 
-def test_a_policy_alone_says_the_same(runs: dict[str, Run]) -> None:
+def test_a_policy_alone_says_the_same(runs: dict[str, Command]) -> None:
     """The same noise, whoever else is asked; and a file of one policy is what it was before there could be several."""
     together = blocks(runs["several"])
     keys = {"group", "prompt_tokens", "response_tokens", "prompt", "response", "answer", "finish_reason"}
@@ -78,7 +89,7 @@ def test_a_policy_alone_says_the_same(runs: dict[str, Run]) -> None:
     assert tokens[0] != tokens[1] != tokens[2]
 
 
-def test_two_processes_write_and_print_the_same(runs: dict[str, Run]) -> None:
+def test_two_processes_write_and_print_the_same(runs: dict[str, Command]) -> None:
     for ours, theirs in zip(runs["several"].lines(), runs["several2"].lines(), strict=True):
         # Two processes batch other responses together: the log-probs are the same but for rounding.
         assert ours.pop("rollout_logprobs", []) == pytest.approx(theirs.pop("rollout_logprobs", []), rel=0, abs=1e-5)
@@ -87,7 +98,7 @@ def test_two_processes_write_and_print_the_same(runs: dict[str, Run]) -> None:
     assert two == one  # the first line names the file
 
 
-def test_the_table_tells_the_policies_apart(runs: dict[str, Run], inputs: Path) -> None:
+def test_the_table_tells_the_policies_apart(runs: dict[str, Command], inputs: Path) -> None:
     """Every cell against HuggingFace, behind the first policy's response."""
     run = runs["several"]
     record = blocks(run)["layer:2"][0]
@@ -115,7 +126,7 @@ def word(token: int) -> str:
     return {0: "<eos>", 1: "<unk>"}.get(token, f"w{token}")
 
 
-def test_the_file_can_be_read_back(runs: dict[str, Run]) -> None:
+def test_the_file_can_be_read_back(runs: dict[str, Command]) -> None:
     rollouts = read_rollouts(runs["several"].folder / "out.jsonl")
     assert [rollout.policy for rollout in rollouts[::30]] == POLICIES
     assert read_rollouts(runs["full"].folder / "out.jsonl")[0].policy is None
