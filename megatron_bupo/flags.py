@@ -80,5 +80,5 @@ class Group:
             for single in value if isinstance(value, list) else [value]:
                 allowed = _allowed(single, declared.metadata)
                 if allowed:
-                    shown = single if single != "" else "''"
-                    raise UsageError(f"{flag_name(declared.name)} {shown}: must {allowed}")
+                    given = single if single != "" else "''"
+                    raise UsageError(f"{flag_name(declared.name)} {given}: must {allowed}")

@@ -63,10 +63,6 @@ class PolicySpec:
     def is_full(self) -> bool:
         return self.module == "full"
 
-    def last_layer(self, num_layers: int) -> int:
-        """Number (from 1) of the highest layer that the policy needs."""
-        return num_layers if self.layer is None else self.layer
-
     def check(self, num_layers: int) -> None:
         """Raise UsageError unless the layer is one of 1..num_layers."""
         if self.layer is not None and self.layer > num_layers:

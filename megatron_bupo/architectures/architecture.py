@@ -21,8 +21,8 @@ class Architecture:
     """One dense decoder of the Llama family, in the field's terms.
 
     `vocab_size` is that of the checkpoint, without padding. `rope_scaling` is None or the four numbers of llama3's
-    scaling, LLAMA3_KEYS. `tied`: the unembedding is
-    the embedding. `qkv_bias`: biases on q, k and v alone. `qk_norm`: RMSNorm over head_dim on queries and keys.
+    scaling, LLAMA3_KEYS. `tied`: the unembedding is the embedding. `qkv_bias`: biases on q, k and v alone. `qk_norm`:
+    RMSNorm over head_dim on queries and keys.
     """
 
     family: str

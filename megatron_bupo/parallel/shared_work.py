@@ -23,7 +23,7 @@ def on_first_rank(state: Processes, work: Callable[[], _Answer]) -> _Answer:
     A UsageError stays one; any other is itself on the first rank and a RankFailed elsewhere.
     """
     answer, error = _tried(work) if state.rank == 0 else (None, None)
-    sent: list[Any] = [answer, _message(error)]
+    sent: list[Any] = [answer, _for_others(error)]
     dist.broadcast_object_list(sent, src=0, group=state.host_group)
     if error or sent[1]:
         raise error or sent[1]
@@ -38,7 +38,7 @@ def on_every_rank(work: Callable[[], _Answer], group: dist.ProcessGroup | None =
     """
     answer, error = _tried(work)
     sent: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(sent, (answer, _message(error)), group=group)
+    dist.all_gather_object(sent, (answer, _for_others(error)), group=group)
     for rank, (_, failed) in enumerate(sent):
         if failed is not None:
             raise error if error is not None and rank == dist.get_rank(group) else failed
@@ -52,7 +52,10 @@ def _tried(work: Callable[[], _Answer]) -> tuple[_Answer | None, Exception | Non
         return None, error
 
 
-def _message(error: Exception | None) -> Exception | None:
-    if error is None or isinstance(error, UsageError):
-        return None if error is None else UsageError(str(error))
+def _for_others(error: Exception | None) -> Exception | None:
+    """The error as the other ranks raise it."""
+    if error is None:
+        return None
+    if isinstance(error, UsageError):
+        return UsageError(str(error))
     return RankFailed(f"{type(error).__name__}: {error}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_bupo.rewards.answers.text import closing
+
 _MARKER = "####"  # GSM8K: a worked solution, and the answer after the last marker
-_BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ is a character, not a brace
+BOX = re.compile(r"\\boxed\s*\{")
 _MATH = re.compile(
     r"\$\$((?:[^$\\]|\\.)*)\$\$|\$((?:[^$\\]|\\.)*)\$|\\\(((?:[^\\]|\\[^()])*)\\\)|\\\[((?:[^\\]|\\[^\[\]])*)\\\]",
     re.DOTALL,
@@ -46,11 +47,6 @@ def _without_boxes(text: str) -> str:
 def _boxes(text: str) -> Iterator[tuple[int, str, int]]:
     r"""Every outermost box that is closed: where it starts, its `\boxed{`, and where it ends."""
     position = 0
-    while box := _BOX.search(text, position):
-        depth, position = 1, len(text)
-        for brace in _BRACE.finditer(text, box.end()):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                position = brace.end()
-                yield box.start(), box.group(), position
-                break
+    while (box := BOX.search(text, position)) and (end := closing(text, box.end() - 1)) >= 0:
+        position = end + 1
+        yield box.start(), box.group(), position

@@ -9,16 +9,13 @@ thread: call `score` in a process that can be killed, as RewardRunner does.
 from __future__ import annotations
 
 import logging
-import re
 
 from megatron_bupo.rewards.answers.match import matches
 from megatron_bupo.rewards.answers.text import closing
-from megatron_bupo.rewards.gold import gold_text
+from megatron_bupo.rewards.gold import BOX, gold_text
 
 # math-verify warns once a process that its time-outs are off; the deadline is the runner's.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-_BOX = re.compile(r"\\boxed\s*\{")
 
 
 def extract_boxed(text: str) -> str | None:
@@ -29,7 +26,7 @@ def extract_boxed(text: str) -> str | None:
     >>> extract_boxed(r"\boxed{1}, no: $\boxed{\frac{1}{\sqrt{2}}}$.")
     '\\frac{1}{\\sqrt{2}}'
     """
-    boxes = list(_BOX.finditer(text))
+    boxes = list(BOX.finditer(text))
     end = closing(text, boxes[-1].end() - 1) if boxes else -1
     return text[boxes[-1].end() : end].strip() if end > 0 else None
 

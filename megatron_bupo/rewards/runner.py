@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_bupo.errors import UsageError
-from megatron_bupo.rewards.gold import gold_text
 from megatron_bupo.user_code import UserFunction, one_line
 
 if TYPE_CHECKING:  # samples imports torch, which the workers (they import this file) must not pay for
@@ -139,8 +138,7 @@ class RewardRunner:
         for key in ("response", "answer"):
             if getattr(rollout, key) is None:
                 raise UsageError(f"--reward math: record {number} has no '{key}'; it needs 'response' and 'answer'")
-        assert rollout.answer is not None
-        return {"response": rollout.response, "answer": gold_text(rollout.answer)}
+        return {"response": rollout.response, "answer": rollout.answer}
 
     def wait_until_loaded(self) -> None:
         """Raise UsageError if the function cannot be loaded; `score` does so too, but only then."""

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
     from megatron_bupo.samples import Rollout
 
-EPSILON = 1e-6
-"""Added to the standard deviation in the denominators of grpo and reinforce++."""
+_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,11 @@ def unless_equal(rewards: Tensor, advantages: Callable[[Tensor], Tensor]) -> Ten
     import torch
 
     return torch.zeros_like(rewards) if bool((rewards == rewards[0]).all()) else advantages(rewards)
+
+
+def standardized(rewards: Tensor) -> Tensor:
+    """(R - mean) / (std + 1e-6), with the unbiased standard deviation."""
+    return (rewards - rewards.mean()) / (rewards.std(unbiased=True) + _EPSILON)
 
 
 def compute_advantages(estimator: Estimator, name: str, rollouts: Sequence[Rollout]) -> Tensor:

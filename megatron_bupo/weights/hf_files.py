@@ -1,7 +1,7 @@
 """HuggingFace folders on disk: safetensors read by slices; config and tokenizer.
 
 Reading maps the files into memory: a rank touches only the pages of the slices that it asks for. pytorch_model.bin is
-a pickle and is refused. Writing never holds more than one shard, and nothing has the output's name before it is whole.
+a pickle and is refused. Folders are written by hf_folder.py.
 """
 
 from __future__ import annotations

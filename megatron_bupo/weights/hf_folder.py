@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.architectures.families import read_architecture
+from megatron_bupo.architectures.family import EMBEDDING, UNEMBEDDING
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.files import new_folder
 from megatron_bupo.weights.disk import SteadyFile
@@ -32,7 +33,7 @@ from megatron_bupo.weights.hf_files import (
 from megatron_bupo.weights.tensor_map import TensorMap
 
 _ALIGNMENT = 8  # of a header's length
-_EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+(_EMBEDDING,), (_UNEMBEDDING,) = EMBEDDING.hf, UNEMBEDDING.hf
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from megatron_bupo.rewards.answers.leaves import same_leaf
 from megatron_bupo.rewards.answers.parts import (
@@ -34,6 +35,7 @@ MAX_LENGTH = 2000
 _BLANK = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _MIRRORED = {"=": "=", "<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
 _REALS, _POSITIVE = r"\mathbb{R}", r"\mathbb{R}^{+}"
+_Part = TypeVar("_Part")
 
 
 class Piece(NamedTuple):
@@ -67,12 +69,10 @@ def same(gold: Answer, given: Answer) -> bool:
     if {gold.kind, given.kind} == {TUPLE, LIST}:
         return _same_in_order(_in_order(gold), _in_order(given))
     if {gold.kind, given.kind} <= {LIST, SET} or gold.kind == given.kind == UNION:
-        return _same_in_any_order(gold.parts, given.parts)
+        return _same_in_any_order(gold.parts, given.parts, same)
     if SET in (gold.kind, given.kind) and LEAF in (gold.kind, given.kind):
-        of_set, other = (gold, given) if gold.kind == SET else (given, gold)
-        return len(of_set.parts) == 1 and same(
-            *((of_set.parts[0], other) if gold.kind == SET else (other, of_set.parts[0]))
-        )
+        one, other = (answer.parts if answer.kind == SET else (answer,) for answer in (gold, given))
+        return _same_in_order(one, other)
     if MATRIX in (gold.kind, given.kind):
         return _same_array(gold, given)
     if gold.kind == given.kind and gold.kind in (TUPLE, INTERVAL):
@@ -84,13 +84,13 @@ def _same_in_order(gold: tuple[Answer, ...], given: tuple[Answer, ...]) -> bool:
     return len(gold) == len(given) and all(same(one, other) for one, other in zip(gold, given, strict=True))
 
 
-def _same_in_any_order(gold: tuple[Answer, ...], given: tuple[Answer, ...]) -> bool:
+def _same_in_any_order(gold: Sequence[_Part], given: Sequence[_Part], agree: Callable[[_Part, _Part], bool]) -> bool:
     """As many on both sides, each with a partner of its own: 77, 77 is not 77."""
     if len(gold) != len(given):
         return False
     left = list(given)
     for one in gold:
-        partner = next((number for number, other in enumerate(left) if same(one, other)), None)
+        partner = next((number for number, other in enumerate(left) if agree(one, other)), None)
         if partner is None:
             return False
         del left[partner]
@@ -226,15 +226,9 @@ def _same_region(gold: Answer, given: Answer) -> bool | None:
     if wanted is None or found is None:
         return None
     (name, pieces), (other_name, others) = wanted, found
-    if (name and other_name and name != other_name) or len(pieces) != len(others):
+    if name and other_name and name != other_name:
         return False
-    left = list(others)
-    for piece in pieces:
-        partner = next((number for number, other in enumerate(left) if _same_piece(piece, other)), None)
-        if partner is None:
-            return False
-        del left[partner]
-    return True
+    return _same_in_any_order(pieces, others, _same_piece)
 
 
 def _same_piece(one: Piece, other: Piece) -> bool:

@@ -1,6 +1,6 @@
 r"""What an answer is made of: lists, sets, tuples, intervals, matrices, relations and leaves (one value or text).
 
-`read` takes the text of `answer_text.canonical` apart; it computes nothing. What it does not know stays one leaf.
+`read` takes the text of `text.canonical` apart; it computes nothing. What it does not know stays one leaf.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_bupo.rl.advantage import EPSILON, AdvantageInputs
+from megatron_bupo.rl.advantage import AdvantageInputs, standardized
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,4 +13,4 @@ NAME, NEEDS_GROUPS, AGGREGATION = "grpo", True, None
 
 
 def advantages(inputs: AdvantageInputs) -> Tensor:
-    return inputs.by_group(lambda rewards: (rewards - rewards.mean()) / (rewards.std(unbiased=True) + EPSILON))
+    return inputs.by_group(standardized)

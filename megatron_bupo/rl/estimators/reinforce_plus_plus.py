@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_bupo.rl.advantage import EPSILON, AdvantageInputs, unless_equal
+from megatron_bupo.rl.advantage import AdvantageInputs, standardized, unless_equal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +13,4 @@ NAME, NEEDS_GROUPS, AGGREGATION = "reinforce++", False, None
 
 
 def advantages(inputs: AdvantageInputs) -> Tensor:
-    def whiten(rewards: Tensor) -> Tensor:
-        return (rewards - rewards.mean()) / (rewards.std(unbiased=True) + EPSILON)
-
-    return unless_equal(inputs.rewards, whiten)
+    return unless_equal(inputs.rewards, standardized)

@@ -83,10 +83,8 @@ def next_share(
 
     They have one prompt, which the server then computes once. What failed at a backend goes to another, if one is up.
     """
-    is_open, is_up = (
-        [backend for backend in backends if backend.is_open],
-        [backend for backend in backends if not backend.is_down],
-    )
+    is_open = [backend for backend in backends if backend.is_open]
+    is_up = [backend for backend in backends if not backend.is_down]
     # In a small batch, more than its share of what is left would leave nothing for the others.
     share = math.ceil(num_unanswered / max(sum(len(backend.workers) for backend in is_open), 1))
     for backend in sorted(is_open, key=Backend.load):
