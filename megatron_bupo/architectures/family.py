@@ -14,11 +14,13 @@ from megatron_bupo.architectures.hf_config import HFConfig
 from megatron_bupo.architectures.layouts import Replicated, VocabParallel
 from megatron_bupo.architectures.mapping import Mapping
 
-EMBEDDING = Mapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VocabParallel())
+# HuggingFace's names. A folder of a tied model may have the unembedding or not.
+HF_EMBEDDING, HF_UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = Mapping("embedding.word_embeddings.weight", (HF_EMBEDDING,), VocabParallel())
 FINAL_NORM = Mapping("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated("hidden_size"))
-UNEMBEDDING = Mapping("output_layer.weight", ("lm_head.weight",), VocabParallel())
+UNEMBEDDING = Mapping("output_layer.weight", (HF_UNEMBEDDING,), VocabParallel())
 # With tied embeddings a last pipeline stage without the embedding has a copy of it, kept equal by Megatron.
-TIED_UNEMBEDDING = Mapping("output_layer.weight", EMBEDDING.hf, VocabParallel(), export=False)
+TIED_UNEMBEDDING = Mapping("output_layer.weight", (HF_EMBEDDING,), VocabParallel(), export=False)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.family import HF_EMBEDDING, HF_UNEMBEDDING
 from megatron_bupo.architectures.mapping import WHOLE, Mapping, Shape, Shard
 from megatron_bupo.architectures.table import WeightTable
 from megatron_bupo.errors import UsageError
-from megatron_bupo.weights.disk import SteadyFile
+from megatron_bupo.weights.disk import SteadyFile, own_bytes
 from megatron_bupo.weights.dist_checkpoint import FORMAT_FILE, METADATA_FILE, read_metadata
 from megatron_bupo.weights.hf_files import HFWeights, check_finite
 
@@ -110,7 +111,7 @@ def write_pieces(
             key = mapping.stored_key
             for offsets, tensor in _pieces(mapping, layer, weights, arch, place.shard):
                 start = file.tell()
-                torch.save(_alone(tensor.to(dtypes[key])), cast(IO[bytes], file))
+                torch.save(own_bytes(tensor.to(dtypes[key])), cast(IO[bytes], file))
                 lies = _StorageInfo(path.name, start, file.tell() - start)
                 written.append(StoredPiece(key, offsets, tuple(tensor.shape), lies))
                 done(tensor.nbytes)
@@ -129,12 +130,6 @@ def _pieces(
         if split_dim is not None:
             offsets[split_dim] = (at * shard.size + shard.rank) * part.shape[split_dim]
         yield (*layers, *offsets), part[None] if mapping.per_layer else part
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """torch.save writes the whole memory behind a tensor: only a tensor that fills its memory is saved as it is."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def finish_folder(
@@ -196,7 +191,7 @@ class StoredModel:
             if mapping.export
             for name in mapping.hf_names(layer)
         }
-        return {"lm_head.weight": dtypes["model.embed_tokens.weight"]} | dtypes
+        return {HF_UNEMBEDDING: dtypes[HF_EMBEDDING]} | dtypes
 
     def _key(self, mapping: Mapping) -> str:
         return mapping.stored_key if mapping.stored_key in self._described else mapping.local_key

@@ -1,4 +1,4 @@
-"""Large files written at the pace of the disk."""
+"""Large files written at the pace of the disk, and tensors that are saved without what lies beside them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import io
 import os
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 # Of one call. For larger ones the kernel looks for larger pieces of free memory: up to ten times as much of its time.
 _WRITE_BYTES = 1 << 18
@@ -51,3 +54,9 @@ class SteadyFile(io.RawIOBase):
             os.fsync(self._descriptor)
             os.close(self._descriptor)
         super().close()
+
+
+def own_bytes(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous, and no view of a larger one: pickle and torch.save write whole storages."""
+    held = tensor.detach().to("cpu").contiguous()
+    return held if held.untyped_storage().nbytes() == held.nbytes else held.clone(memory_format=torch.contiguous_format)

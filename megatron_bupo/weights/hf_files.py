@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_bupo.architectures.architecture import Architecture, check_layout
 from megatron_bupo.architectures.families import read_architecture
+from megatron_bupo.architectures.family import HF_EMBEDDING, HF_UNEMBEDDING
 from megatron_bupo.architectures.mapping import Shape, SliceLike
 from megatron_bupo.architectures.table import WeightTable, table_for
 from megatron_bupo.config.train import ParallelConfig
@@ -148,13 +149,13 @@ class HFWeights:
         for name in self.names:
             if name in expected or name.endswith(".rotary_emb.inv_freq"):  # a buffer that old releases saved
                 continue
-            if name == "lm_head.weight" and table.arch.tied:
+            if name == HF_UNEMBEDDING and table.arch.tied:
                 self._check_tied(table.arch.vocab_size)
                 continue
             raise UsageError(f"{name} in {self.path(name)} is no part of a {table.arch.family} model; it would be lost")
 
     def _check_tied(self, vocab_size: int) -> None:
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        head, embedding = HF_UNEMBEDDING, HF_EMBEDDING
         parts = [slice(at, at + _COMPARED_ROWS) for at in range(0, vocab_size, _COMPARED_ROWS)]
         one, other = self.slice(head), self.slice(embedding)
         if self.shape(head) != self.shape(embedding) or not all(torch.equal(one[part], other[part]) for part in parts):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.architectures.families import read_architecture
-from megatron_bupo.architectures.family import EMBEDDING, UNEMBEDDING
+from megatron_bupo.architectures.family import HF_EMBEDDING, HF_UNEMBEDDING
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.files import new_folder
 from megatron_bupo.weights.disk import SteadyFile
@@ -33,7 +33,6 @@ from megatron_bupo.weights.hf_files import (
 from megatron_bupo.weights.tensor_map import TensorMap
 
 _ALIGNMENT = 8  # of a header's length
-(_EMBEDDING,), (_UNEMBEDDING,) = EMBEDDING.hf, UNEMBEDDING.hf
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,14 @@ class ShardFiles:
                 shape = torch.Size(entry.shape)
                 self._places[entry.name] = (opened, start, DTYPES[entry.dtype], shape)
                 start += entry.nbytes
-        self._doubled = target.tied and _UNEMBEDDING in self._places
+        self._doubled = target.tied and HF_UNEMBEDDING in self._places
 
     def write(self, name: str, tensor: Tensor) -> int:
         """Put a tensor in its place, cast to its dtype; the number of bytes.
 
         A tied embedding is written to the unembedding's place too, where the folder has one.
         """
-        copied = self.write(_UNEMBEDDING, tensor) if self._doubled and name == _EMBEDDING else 0
+        copied = self.write(HF_UNEMBEDDING, tensor) if self._doubled and name == HF_EMBEDDING else 0
         file, start, dtype, shape = self._places[name]
         assert tensor.shape == shape, f"{name} is {list(tensor.shape)} instead of {list(shape)}"
         numbers = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()

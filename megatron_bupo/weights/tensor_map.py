@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_bupo.architectures.family import HF_EMBEDDING, HF_UNEMBEDDING
 from megatron_bupo.architectures.mapping import Shape
 from megatron_bupo.architectures.table import WeightTable
 from megatron_bupo.errors import UsageError
@@ -53,7 +54,7 @@ class TensorMap:
         Left out are buffers that old releases saved among the weights (rotary inv_freq). A tied model's lm_head stays,
         if the folder has one.
         """
-        kept = {*table.hf_names(), "lm_head.weight"}
+        kept = {*table.hf_names(), HF_UNEMBEDDING}
         tensors = tuple(
             TensorEntry(name, _name_of(weights.dtype(name)), weights.shape(name), weights.path(name).name)
             for name in weights.in_file_order()
@@ -142,8 +143,8 @@ class TensorMap:
 
     def _check(self, path: Path, table: WeightTable) -> None:
         expected = table.hf_shapes()
-        if table.arch.tied and any(entry.name == "lm_head.weight" for entry in self.tensors):
-            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+        if table.arch.tied and any(entry.name == HF_UNEMBEDDING for entry in self.tensors):
+            expected[HF_UNEMBEDDING] = expected[HF_EMBEDDING]
         if len({entry.name for entry in self.tensors}) != len(self.tensors):
             raise UsageError(f"{path} names a tensor twice")
         for entry in self.tensors:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_bupo.architectures.family import HF_UNEMBEDDING
 from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt, ask
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class ExpectedWeights:
         self.dtype = torch.float32
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if self._tied and name == "lm_head.weight":
+        if self._tied and name == HF_UNEMBEDDING:
             return
         self.dtype = tensor.dtype
         match = _PART.search(name)

@@ -7,10 +7,10 @@ import json
 import pickle
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from megatron_bupo.rollout.sglang.weight_sync.calls import Attempt, Bucket, SyncMethod, ask, buckets
+from megatron_bupo.weights.disk import own_bytes
 
 
 class TensorMessages(SyncMethod):
@@ -47,9 +47,3 @@ def serialize(tensors: list[tuple[str, Tensor]]) -> str:
     Torch's serializer for other processes sends handles instead, which ended the server when it was no child process.
     """
     return base64.b64encode(pickle.dumps([(name, own_bytes(tensor)) for name, tensor in tensors])).decode("ascii")
-
-
-def own_bytes(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous, and not a view of a larger one: a pickle holds whole storages."""
-    held = tensor.detach().to("cpu").contiguous()
-    return held if held.untyped_storage().nbytes() == held.nbytes else held.clone(memory_format=torch.contiguous_format)
