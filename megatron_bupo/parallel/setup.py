@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -93,6 +94,9 @@ def _import_megatron_core() -> None:
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
+    # What torch has to say about megatron-core's own calls, on every rank of every run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", module=r"megatron\.core\.optimizer")
 
 
 @contextmanager
@@ -101,6 +105,8 @@ def parallel_state(config: ParallelConfig, seed: int) -> Iterator[ParallelState]
 
     The number of launched processes must fit the layout (`ParallelConfig.check_world`).
     """
+    if config.sequence_parallel:  # megatron-core asks for it, for speed on GPUs before Blackwell
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _import_megatron_core()
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
