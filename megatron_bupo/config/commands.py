@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_bupo.config.chat import ChatConfig
 from megatron_bupo.config.model import ModelConfig
 from megatron_bupo.config.paths import check_file, check_output_file, check_output_folder
 from megatron_bupo.config.rollout import RolloutConfig
@@ -60,6 +61,7 @@ class GenerateConfig(Group):
     rollout_top_p: float = same_flag(RolloutConfig, "rollout_top_p")
     rollout_micro_batch_size: int = same_flag(RolloutConfig, "rollout_micro_batch_size")
     seed: int = same_flag(RunConfig, "seed")
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
     def check(self) -> None:
         super().check()
@@ -99,6 +101,7 @@ class EntropyFlowConfig(Group):
     rollout_top_p: float = same_flag(RolloutConfig, "rollout_top_p")
     rollout_micro_batch_size: int = same_flag(RolloutConfig, "rollout_micro_batch_size")
     seed: int = same_flag(RunConfig, "seed")
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
     def check(self) -> None:
         super().check()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bupo.config import launch
+from megatron_bupo.config.chat import ChatConfig
 from megatron_bupo.config.model import ModelConfig
 from megatron_bupo.config.monitor import MonitorConfig
 from megatron_bupo.config.paths import HF, check_file, check_new_folder, check_output_folder
@@ -160,6 +161,7 @@ class DataConfig(Group):
     reward_timeout: float = flag("seconds that the reward of one response may take", 10.0, above=0)
     reward_workers: int = flag("processes that compute rewards", 1, low=1)
     rollout_max_prompt_len: int = flag("longest prompt in tokens; longer ones are dropped and counted", 1024, low=1)
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
     def check(self) -> None:
         super().check()

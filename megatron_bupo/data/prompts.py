@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from megatron_bupo.data.chat import ChatFormat
 from megatron_bupo.data.prompt_files import answer_text, read_rows
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rewards.gold import gold_text
@@ -59,17 +59,19 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_len: int,
     *,
+    chat: ChatFormat | None = None,
     require_answer: bool = True,
     show_progress: bool = False,
 ) -> PromptSet:
     """Read prompt data and tokenize it.
 
-    Columns: `prompt`, a string (raw text, tokenized as it stands, nothing added) or a list of messages (through the
-    chat template, thinking off); the answer in `reward_model.ground_truth`, else in `answer`; `data_source`, optional.
+    Columns: `prompt`, a string (raw text, tokenized as it stands, nothing added) or a list of messages (see
+    ChatFormat); the answer in `reward_model.ground_truth`, else in `answer`; `data_source`, optional.
     docs/data.md says what each may hold.
 
     Args:
         files: parquet (.parquet) or JSON lines (.jsonl, .json), read one after the other.
+        chat: how messages become text (None: by the tokenizer's template, thinking off).
         max_prompt_len: prompts with more tokens are dropped and counted.
         require_answer: whether a row without answer is an error.
         show_progress: whether to show a progress bar (rank 0 does).
@@ -81,12 +83,13 @@ def load_prompts(
         UsageError: naming file and row: a file that cannot be read or has no rows, a column that is missing, blank or
             of a wrong type; or no prompt that is short enough.
     """
+    chat = chat or ChatFormat(tokenizer)
     prompts = []
     num_rows = 0
     with tqdm(desc="prompts", unit=" rows", disable=None if show_progress else True) as bar:
         for file in files:
             for where, row in read_rows(Path(file)):
-                text, answer, source = _columns(row, where, tokenizer, require_answer)
+                text, answer, source = _columns(row, where, chat, require_answer)
                 tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 if not tokens:
                     raise UsageError(f"{where}: the prompt has no tokens")
@@ -113,7 +116,7 @@ def check_positions(prompts: PromptSet, max_response_len: int, max_positions: in
 
 
 def _columns(
-    row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, require_answer: bool
+    row: dict[str, Any], where: str, chat: ChatFormat, require_answer: bool
 ) -> tuple[str, str | None, str | None]:
     """Text of the prompt, answer and data source of a row."""
     if "prompt" not in row:
@@ -121,7 +124,7 @@ def _columns(
     source = row.get("data_source")
     if source is not None and not isinstance(source, str):
         raise UsageError(f"{where}: 'data_source' is a {type(source).__name__}; it must be a string")
-    return _prompt_text(row["prompt"], where, tokenizer), _answer(row, where, require_answer), source
+    return _prompt_text(row["prompt"], where, chat), _answer(row, where, require_answer), source
 
 
 def _answer(row: dict[str, Any], where: str, required: bool) -> str | None:
@@ -143,13 +146,18 @@ def _answer(row: dict[str, Any], where: str, required: bool) -> str | None:
     return None
 
 
-def _prompt_text(prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _prompt_text(prompt: Any, where: str, chat: ChatFormat) -> str:
     """Raw text as it stands; messages through the chat template."""
     if not isinstance(prompt, str | list):
         raise UsageError(f"{where}: 'prompt' is a {type(prompt).__name__}; it must be a string or a list of messages")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise UsageError(f"{where}: 'prompt' is empty or blank; give a text")
     if isinstance(prompt, str):
+        if chat.takes_messages_only:
+            raise UsageError(
+                f"{where}: 'prompt' is raw text, which goes through no chat template; give messages, or leave out "
+                "--chat-template, --system-prompt and --chat-template-kwargs"
+            )
         return prompt
     if not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
@@ -157,18 +165,9 @@ def _prompt_text(prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase) ->
         raise UsageError(f"{where}: 'prompt' has a message without 'role' and 'content' as strings")
     if any(message["role"] == "user" and not message["content"].strip() for message in prompt):
         raise UsageError(f"{where}: 'prompt' has a user message that is empty or blank; give a text")
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            f"{where}: 'prompt' is a list of messages, but the tokenizer has no chat template; give strings"
-        )
     # Parquet gives every message every key of the column, empty where it was not set; templates ask for their presence.
     messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
     try:
-        # A template that knows no thinking ignores the variable.
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-    except (TemplateError, TypeError, ValueError) as error:  # jinja raises what Python raises inside a template
-        raise UsageError(f"{where}: the chat template refuses the messages ({error})") from error
-    assert isinstance(text, str)
-    return text
+        return chat.text(messages)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error

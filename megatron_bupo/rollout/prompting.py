@@ -11,6 +11,7 @@ from megatron_bupo.config import launch
 from megatron_bupo.config.commands import EntropyFlowConfig, GenerateConfig
 from megatron_bupo.config.rollout import RolloutConfig
 from megatron_bupo.config.train import DataConfig, TrainConfig
+from megatron_bupo.data.chat import ChatFormat
 from megatron_bupo.data.prompts import PromptSet, check_positions, load_prompts
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.rollout.engine import GenerationRequest, SamplingParams, make_requests, stop_token_ids
@@ -46,6 +47,7 @@ class Prompting:
             data.prompt_data,
             tokenizer,
             data.rollout_max_prompt_len,
+            chat=ChatFormat.read(data.chat, tokenizer),
             require_answer=is_training,
             show_progress=is_training and launch.rank() == 0,
         )
