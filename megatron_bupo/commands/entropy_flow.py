@@ -32,13 +32,17 @@ def run(config: EntropyFlowConfig) -> None:
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     with parallel_state(config.parallel, config.seed) as state:
         from megatron_bupo.analysis.entropy_flow import measure
+        from megatron_bupo.model.kernels import kernels_line
         from megatron_bupo.model.parallel_model import ParallelModel
 
         if rollouts is None:
             assert prompting is not None
             rollouts = _answer(config, prompting, requests, state)
+        model = ParallelModel(arch, weights, config.parallel, state, config.model.dtype)
+        if state.rank == 0:
+            print(kernels_line(model.kernels()))
         measured = measure(
-            ParallelModel(arch, weights, config.parallel, state, config.model.dtype),
+            model,
             rollouts,
             config.max_tokens_per_micro_batch,
             final_norm=config.final_norm,

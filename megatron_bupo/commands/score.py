@@ -17,10 +17,13 @@ def run(config: ScoreConfig) -> None:
     spec.check(arch.num_layers)
     rollouts = read_rollouts(config.rollouts, arch.vocab_size)
     with parallel_state(parallel, seed=0) as state:
+        from megatron_bupo.model.kernels import kernels_line
         from megatron_bupo.model.parallel_model import ParallelModel
         from megatron_bupo.model.scoring import score_rollouts, write_scores
 
         model = ParallelModel(arch, weights, parallel, state, config.model.dtype)
+        if state.rank == 0:
+            print(kernels_line(model.kernels()))
         scores = score_rollouts(model, rollouts, spec, config.rollout_temperature, config.max_tokens_per_micro_batch)
         if state.rank == 0:
             write_scores(config.output, scores)

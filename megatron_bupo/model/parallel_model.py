@@ -13,6 +13,7 @@ from megatron_bupo.architectures.mapping import Shard
 from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.train import ParallelConfig
 from megatron_bupo.model.build import HiddenStateModel, build_model
+from megatron_bupo.model.kernels import kernels_of
 from megatron_bupo.model.policy import PolicyOutput, run_policy
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.parallel.shared_work import on_every_rank
@@ -53,6 +54,10 @@ class ParallelModel:
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name with the global index of its layer, parameter) of every chunk of this rank."""
         return list(global_named_parameters(self.chunks))
+
+    def kernels(self) -> dict[str, str]:
+        """Part of the computation -> the library, with its version, whose kernels compute it on this rank."""
+        return kernels_of(self.chunks[0], self.state.device)
 
     def score(
         self, batches: Sequence[MicroBatch], specs: Sequence[PolicySpec], temperature: float

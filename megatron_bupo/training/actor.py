@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import AlgorithmConfig, OptimizerConfig, ParallelConfig
+from megatron_bupo.model.kernels import library_of
 from megatron_bupo.model.parallel_model import ParallelModel
 from megatron_bupo.model.policy import PolicyOutput, run_policy
 from megatron_bupo.parallel.cpu import give_freed_memory_back
@@ -97,6 +98,10 @@ class Actor(ParallelModel):
         self.norms = ParameterNorms(
             self.named_parameters(), state, dtype, sharded_masters=optimizer.use_distributed_optimizer
         )
+
+    def kernels(self) -> dict[str, str]:
+        """As ParallelModel's, and the optimizer's."""
+        return super().kernels() | {"optimizer": library_of(self.optimizer.kind)}
 
     def optimizer_state(self) -> OptimizerState:
         """What Adam keeps, to be saved or restored."""

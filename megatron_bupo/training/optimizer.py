@@ -112,6 +112,11 @@ class PhaseOptimizer:
             for optimizer, groups in zip(inner, every_group, strict=True):
                 optimizer.param_groups = groups
 
+    @property
+    def kind(self) -> type:
+        """The class of the optimizer inside Megatron's: torch's AdamW or a FusedAdam."""
+        return type(next(part.optimizer for part in self.megatron.chained_optimizers if part.optimizer is not None))
+
     def zero_grad(self) -> None:
         self.megatron.zero_grad()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_bupo.analysis.flow_file import write_flow
+from megatron_bupo.model.kernels import kernels_line
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.rollout.source import FirstStepKept, RolloutSource
 from megatron_bupo.training.actor import Actor
@@ -44,7 +45,7 @@ def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None
         run.schedule.specs,
         start.converted,
     )
-    tracker = _open_tracker(run) if state.rank == 0 else None
+    tracker = _open_tracker(run, actor.kernels()) if state.rank == 0 else None
     temperature, max_tokens = config.rollout.rollout_temperature, config.batch.max_tokens_per_micro_batch
     monitor = PhaseMonitor(config.monitor, run.schedule, actor, temperature, max_tokens, start.ended, start.watch)
     trainer = Trainer(config, monitor, actor, source, tracker)
@@ -99,7 +100,7 @@ def _save(run: PreparedRun, trainer: Trainer, step: int) -> None:
     save_checkpoint(trainer.actor, folder, run_state, Path(run.config.model.hf_model), flags.keep)
 
 
-def _open_tracker(run: PreparedRun) -> Tracker:
+def _open_tracker(run: PreparedRun, kernels: dict[str, str]) -> Tracker:
     """The tracker, with run.json and the flow that the layer was chosen from written."""
     flags, flow = run.config.run, run.flow
     if flags.save:
@@ -113,7 +114,9 @@ def _open_tracker(run: PreparedRun) -> Tracker:
     elif flow is not None and folder is not None:
         write_flow(folder, flow)
     choice = None if flow is None else describe_choice(flow)
-    tracker.write_run(describe_run(run.config, run.schedule.describe(), run.identity, run.start.changes, choice))
+    phases, changes = run.schedule.describe(), run.start.changes
+    tracker.write_run(describe_run(run.config, phases, run.identity, changes, kernels, choice))
+    print(kernels_line(kernels))
     return tracker
 
 

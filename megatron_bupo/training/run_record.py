@@ -36,12 +36,13 @@ def describe_run(
     phases: str,
     identity: RunIdentity,
     changes: tuple[str, ...],
+    kernels: dict[str, str],
     chosen_layer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of run.json: all that is needed to repeat the run and to recognise it.
 
-    `changes` says what was changed when the run went on, and after which step; `chosen_layer` is the choice of
-    --internal-layer auto.
+    `changes` says what was changed when the run went on, and after which step; `kernels` which library computes what
+    (`Actor.kernels`); `chosen_layer` is the choice of --internal-layer auto.
     """
     return {
         "schema": SCHEMA,
@@ -49,6 +50,7 @@ def describe_run(
         "phases": phases,
         "versions": {"megatron_bupo": __version__, "python": platform.python_version(), **_versions()},
         "commit": _commit(),
+        "kernels": kernels,
         "model": identity.model,
         "data": identity.data or list(identity.replay),
         "loss": identity.loss,

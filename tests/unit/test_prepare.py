@@ -40,7 +40,7 @@ def stopped(run: PreparedRun, step: int, save: Path) -> None:
     folder = save / f"iter_{step:07d}"
     folder.mkdir(parents=True)
     (folder / RUN_STATE).write_text(RunState(step, run.identity, {}).to_json())
-    content = describe_run(run.config, run.describe_phases(), run.identity, run.start.changes)
+    content = describe_run(run.config, run.describe_phases(), run.identity, run.start.changes, {})
     (save / "run.json").write_text(json.dumps(content))
 
 
