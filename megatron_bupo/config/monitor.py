@@ -22,6 +22,11 @@ class MonitorConfig(Group):
         None,
         metavar="NAME:X",
     )
+    norms_interval: int = flag(
+        "steps between measurements of update_norm and master_drift; 0 = never, and no memory is kept for them",
+        1,
+        low=0,
+    )
     entropy_flow_interval: int | None = flag("steps between measurements of the entropy flow", None, low=1)
     entropy_flow_responses: int = flag("responses of a step whose entropy flow is measured", 64, low=1)
     logprob_diff_alarm: float = flag(

@@ -225,6 +225,12 @@ class TrainConfig(Group):
     monitor: MonitorConfig
     run: RunConfig
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on one rollout batch."""
+        responses = self.rollout.rollout_batch_size * self.rollout.n_samples_per_prompt
+        return responses // (self.batch.global_batch_size or responses)
+
     def check(self) -> None:
         super().check()
         # A dry run may describe any layout, unless the number of processes is given (examples/slurm does that).

@@ -72,6 +72,7 @@ class Actor(ParallelModel):
 
     Args:
         specs: every policy that the schedule trains; the optimizer's groups are cut along them.
+        norms_interval: see ParameterNorms.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Actor(ParallelModel):
         dtype: torch.dtype,
         specs: Sequence[PolicySpec],
         converted: Path | None = None,
+        *,
+        norms_interval: int = 1,
     ) -> None:
         super().__init__(arch, weights, parallel, state, dtype, converted)
         self.dtype = dtype
@@ -96,7 +99,12 @@ class Actor(ParallelModel):
         self._wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in self.chunks]
         self.optimizer = PhaseOptimizer(optimizer, self._wrapped, self.named_parameters(), specs, dtype)
         self.norms = ParameterNorms(
-            self.named_parameters(), state, dtype, sharded_masters=optimizer.use_distributed_optimizer
+            self.named_parameters(),
+            specs,
+            state,
+            dtype,
+            sharded_masters=optimizer.use_distributed_optimizer,
+            interval=norms_interval,
         )
 
     def kernels(self) -> dict[str, str]:
@@ -140,6 +148,7 @@ class Actor(ParallelModel):
         for values in collected:
             count += values["count"]
         finalize_model_grads(self._wrapped, count)
+        self.norms.keep(spec)  # the activations are gone: with one update a step this takes their memory
         grad_norm = self.optimizer.step(spec, lr)
         return UpdateResult(sums.pop("loss") / max(sums.pop("count"), 1), grad_norm, sums)
 

@@ -86,7 +86,7 @@ def parameter_counts(arch: Architecture) -> dict[str, int]:
 
 
 def memory_estimate(config: TrainConfig, arch: Architecture, world_size: int) -> dict[str, float]:
-    """Bytes on the rank that holds most: parameters, gradients, optimizer, and the activations of one micro-batch.
+    """Bytes on the rank that holds most: parameters, gradients, optimizer, activations of one micro-batch, norms.
 
     Activations: 34 bytes per token, hidden unit and layer in 16 bit, twice that in fp32 (Korthikanti et al., arXiv
     2205.05198, without attention scores, which are never stored); with full recompute the layers' inputs alone.
@@ -111,6 +111,11 @@ def memory_estimate(config: TrainConfig, arch: Architecture, world_size: int) ->
         "optimizer (fp32)": state,
         "activations": per_layer * arch.num_layers / tensor,
     }
+    if config.monitor.norms_interval:
+        counted = parameters / _data_parallel_size(config, world_size)
+        # With one optimizer step in a step, the values before it are kept while there are no activations.
+        free = 0.0 if config.updates_per_step > 1 else sizes["activations"]
+        sizes["update norms"] = max(0.0, 4 * counted - free) + (2 * counted if config.model.bf16 else 0)
     if config.rollout.load_rollouts is None and config.rollout.rollout_engine == "local":
         whole = counts["layer"] * arch.num_layers + counts["embedding"] + counts["unembedding"]
         sizes["embedded engine's model"] = float(whole * width)

@@ -64,8 +64,7 @@ class Trainer:
         """Take one step: generate, score, update, send the weights to the engine. Returns its metrics. Collective."""
         started = time.perf_counter()
         self._seconds = {}
-        with self._timed("norms"):
-            before = self.actor.norms.snapshot()
+        self.actor.norms.begin(step)
         batch = self.source.rollouts(step)
         self._save_rollouts(step, batch.rollouts)
         with self._timed("monitor"):
@@ -81,10 +80,10 @@ class Trainer:
             updates = [
                 self.actor.update(batches, spec, self.objective, lr, self.temperature) for batches in mini_batches
             ]
+        with self._timed("norms"):
+            movement = self.actor.norms.movement()
         with self._timed("weight_sync"):
             self.source.update_weights(self.model_for_engine, version=str(step))
-        with self._timed("norms"):
-            movement = self.actor.norms.movement(before)
         seconds = batch.seconds | self._seconds | {"step": time.perf_counter() - started}
         metrics = {
             "step": step,

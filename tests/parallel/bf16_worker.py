@@ -68,18 +68,34 @@ class Masters:
             group["lr"] = lr
         self.adamw.step()
 
-    def drift(self) -> float:
-        """interface.md's master_drift, over the shards of all ranks (whole copies give the same quotient)."""
-        values, start = self.values(), self.start
-        hidden = sum(float((v - v.bfloat16().float()).double().square().sum()) for v in values.values())
-        moved = sum(float((v - start[name]).double().square().sum()) for name, v in values.items())
-        total = torch.tensor([hidden, moved], dtype=torch.float64)
+    def movement(self, before: dict[str, Tensor]) -> dict[str, float]:
+        """interface.md's master_drift and update_norm, over the shards of all ranks."""
+        values = self.values()
+        pairs = {name: (value, value.bfloat16().float()) for name, value in values.items()}
+        hidden, moved = _squares(pairs), _squares({name: (v, self.start[name]) for name, v in values.items()})
+        steps = {name: (value, before[name]) for name, value in values.items()}
+        of_layer = [{n: pair for n, pair in steps.items() if f"decoder.layers.{index}." in n} for index in range(4)]
+        rest = {"embedding": "embedding.word_embeddings.weight", "final_norm": "decoder.final_layernorm.weight"}
+        parts = {f"layer_{index + 1:02d}": layer for index, layer in enumerate(of_layer)}
+        parts |= {part: {name: steps[name]} if name in steps else {} for part, name in rest.items()}
+        total = torch.tensor([hidden, moved, *map(_squares, parts.values())], dtype=torch.float64)
         dist.all_reduce(total)
-        return float((total[0] / total[1]).sqrt())
+        if not hasattr(self._inner, "model_param_gbuf_map"):
+            total /= dist.get_world_size()  # whole copies on every rank
+        drift, norms = float((total[0] / total[1]).sqrt()), total[2:].sqrt().tolist()
+        return {"master_drift": drift} | {f"update_norm/{part}": n for part, n in zip(parts, norms, strict=True)}
+
+
+def _squares(pairs: dict[str, tuple[Tensor, Tensor]]) -> float:
+    return sum(float((one - other).double().square().sum()) for one, other in pairs.values())
 
 
 def largest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((value - theirs[name]).abs().max()) for name, value in ours.items())
+
+
+def close(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-6 * other
 
 
 def share_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], names: set[str]) -> float:
@@ -119,6 +135,7 @@ def train(cases: Path, flags: list[str], state: ParallelState) -> list[str]:
         untouched = set() if spec.is_full else not_trained("layer", 2, everywhere)
         before = masters.values()
         trainer._score_old(batches, spec)
+        actor.norms.begin(number)
         actor.update(batches[number % 2], spec, trainer.objective, lr, TEMPERATURE)
         masters.step(lr, untouched)
         after, weights = masters.values(), masters.weights()
@@ -132,9 +149,10 @@ def train(cases: Path, flags: list[str], state: ParallelState) -> list[str]:
             problems.append("the masters were rounded at the switch")
         if lr > 1e-4 and not largest(before, after) > 1e-4:
             problems.append(f"update {number}: nothing moved")
-        drifts.append(actor.norms.master_drift())
-        if not abs(drifts[-1] - masters.drift()) < 1e-6:
-            problems.append(f"update {number}: master_drift is {drifts[-1]} instead of {masters.drift()}")
+        found, expected = actor.norms.movement(), masters.movement(before)
+        if not (found.keys() == expected.keys() and all(close(found[name], expected[name]) for name in expected)):
+            problems.append(f"update {number}: moved {found} instead of {expected}")
+        drifts.append(found["master_drift"])
     if not (0.9 < drifts[0] <= 1 and 0 < drifts[-1] < 0.5):
         problems.append(f"master_drift {drifts}")
     if state.rank == 0:

@@ -5,6 +5,7 @@ Arguments: CASES (from the fixture train_cases), then the layout's flags. Exits 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,13 @@ VARIANTS: dict[str, Callable[[list[str]], list[str]]] = {
     "distributed": lambda layout: ["--use-distributed-optimizer"],
     "recompute": recompute_flags,
     "selective recompute": lambda layout: ["--recompute-granularity", "selective"],
-    "cut otherwise": lambda layout: ["--max-tokens-per-micro-batch", "45"],
+    "cut otherwise": lambda layout: ["--max-tokens-per-micro-batch", "45", "--norms-interval", "2"],
+}
+
+PARTS = {
+    "model.embed_tokens.weight": "embedding",
+    "model.norm.weight": "final_norm",
+    "lm_head.weight": "unembedding",
 }
 
 
@@ -57,7 +64,10 @@ def build(config: TrainConfig, state: ParallelState, dtype: torch.dtype = torch.
     assert config.schedule.policy_schedule is not None and config.rollout.load_rollouts is not None
     schedule = PolicySchedule.parse(config.schedule.policy_schedule, config.schedule.train_iters)
     arch = read_architecture(folder)
-    actor = Actor(arch, HFWeights(folder), config.parallel, config.optimizer, state, dtype, schedule.specs)
+    weights, interval = HFWeights(folder), config.monitor.norms_interval
+    actor = Actor(
+        arch, weights, config.parallel, config.optimizer, state, dtype, schedule.specs, norms_interval=interval
+    )
     rollout, max_tokens = config.rollout, config.batch.max_tokens_per_micro_batch
     monitor = PhaseMonitor(config.monitor, schedule, actor, rollout.rollout_temperature, max_tokens)
     return Trainer(config, monitor, actor, Replay(config.rollout.load_rollouts), None)
@@ -96,13 +106,39 @@ def not_trained(module: str, layer: int, names: set[str]) -> set[str]:
     return untouched
 
 
+def exported(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: value.cpu().clone() for name, value in trainer.actor.hf_tensors()}
+
+
+def check_norms(metrics: dict[str, Any], before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
+    """`update_norm/...` of a step against the whole tensors before and after it, in float64."""
+    squares: dict[str, float] = {}
+    for name, value in after.items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        part = f"layer_{int(layer[1]) + 1:02d}" if layer else PARTS[name]
+        squares[part] = squares.get(part, 0.0) + float((value.double() - before[name].double()).square().sum())
+    found = {name.removeprefix("update_norm/"): v for name, v in metrics.items() if name.startswith("update_norm/")}
+    if found.keys() != squares.keys():
+        return [f"update norms of {sorted(found)} instead of {sorted(squares)}"]
+    expected = {part: square**0.5 for part, square in squares.items()}
+    # fp32 differences are exact where a parameter moved less than by half of itself.
+    wrong = [part for part, norm in expected.items() if not abs(found[part] - norm) <= 1e-6 * norm]
+    return [f"update_norm/{part}: {found[part]} instead of {expected[part]}" for part in wrong]
+
+
 def run_case(case: dict[str, Any], cases: Path, variant: str, flags: list[str], state: ParallelState) -> list[str]:
     config = config_for(cases, case["model"], case["schedule"], [*flags, *VARIANTS[variant](flags)])
     trainer = build(config, state)
     before = {name: param.detach().clone() for name, param in trainer.actor.named_parameters()}
+    weights, interval = exported(trainer), config.monitor.norms_interval
     problems = []
     for step in range(1, 6):
         metrics = trainer.step(step)
+        earlier, weights = weights, exported(trainer)
+        if step % interval == 0:
+            problems += [f"step {step} {line}" for line in check_norms(metrics, earlier, weights)]
+        elif any("update_norm" in name for name in metrics):
+            problems.append(f"step {step} has norms, with an interval of {interval}")
         if step == 2 and case["internal_first"]:
             module, layer = case["schedule"].split("x")[0].split(":")
             check_untouched(trainer, before, not_trained(module, int(layer), set(before)))
@@ -112,10 +148,9 @@ def run_case(case: dict[str, Any], cases: Path, variant: str, flags: list[str], 
                     problems.append(f"step {step} {name}: {got} instead of {expected}")
         if not abs(metrics["entropy"] - case["entropy"][step - 1]) < 1e-5:
             problems.append(f"step {step} entropy: {metrics['entropy']} instead of {case['entropy'][step - 1]}")
-    exported = dict(trainer.actor.hf_tensors())
-    worst = {name: float((value.cpu() - case["state"][name]).abs().max()) for name, value in exported.items()}
+    worst = {name: float((value - case["state"][name]).abs().max()) for name, value in weights.items()}
     problems += [f"{name}: parameters off by {value:.1e}" for name, value in worst.items() if not value < 1e-5]
-    missing = case["state"].keys() - exported.keys() - {"lm_head.weight" if case["tied"] else ""}
+    missing = case["state"].keys() - weights.keys() - {"lm_head.weight" if case["tied"] else ""}
     problems += [f"{name}: not exported" for name in missing]
     return problems
 

@@ -40,6 +40,7 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
         ("entropy:nan", "must be above 0"),
         ("", "must not be empty"),
     ],
+    "norms-interval": [("-1", "must be at least 0")],
     "entropy-flow-interval": [("0", "must be at least 1")],
     "entropy-flow-responses": [("0", "must be at least 1")],
     "internal-steps": [("-1", "must be at least 0")],

@@ -202,6 +202,8 @@ def test_changed_flags_are_named(tmp_path: Path) -> None:
         "selective",
         "--entropy-flow-interval",
         "2",
+        "--norms-interval",
+        "0",
     ]
     assert changed_flags(config("--internal-stop", "kl:0.1", "--lr", "1e-5", *phases, *free), earlier.flags) == []
     assert changed_flags(config("--dual-clip", "3", "--rollout-temperature", "0.7"), earlier.flags) == [
