@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "math-verify>=0.9,<0.10",
     "matplotlib>=3.8",
     "numpy>=1.26",
+    "pandas>=2.1",
     "pebble>=5.0",
     "pyarrow>=16",
     "psutil>=5.9",  # megatron-core saves checkpoints with it but does not declare it

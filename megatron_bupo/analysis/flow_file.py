@@ -27,6 +27,8 @@ from megatron_bupo.errors import UsageError
 from megatron_bupo.files import new_file, text_lines
 
 if TYPE_CHECKING:
+    from pandas import DataFrame  # type: ignore[import-untyped]
+
     from megatron_bupo.samples import Rollout  # which needs torch
 
 SCHEMA = 1
@@ -80,6 +82,12 @@ class EntropyFlow:
     def column(self, name: str) -> list[float]:
         """One number by layer, from layer 1."""
         return [layer[name] for layer in self.layers]
+
+    def frame(self) -> DataFrame:
+        """A row for each layer, with every number of METRICS and its se_."""
+        from pandas import DataFrame
+
+        return DataFrame(self.layers).set_index("layer")
 
 
 def check_measurable(rollouts: Sequence[Rollout], where: str) -> None:
