@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,8 +63,12 @@ class Rollout:
     def with_reward(self, reward: float) -> Rollout:
         return replace(self, reward=reward)
 
+    def record(self) -> dict[str, Any]:
+        """What is known, by the names of the format."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def to_json(self) -> str:
-        return json.dumps({k: v for k, v in asdict(self).items() if v is not None}, ensure_ascii=False)
+        return json.dumps(self.record(), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str, where: str = "rollout record") -> Rollout:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from megatron_bupo.config.commands import EntropyFlowConfig, GenerateConfig, PlotConfig, ScoreConfig, SelectLayerConfig
+from megatron_bupo.config.evaluate import EvaluateConfig
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group, flag_name
@@ -25,6 +26,7 @@ COMMANDS: dict[str, type[Group]] = {
     "train": TrainConfig,
     "score": ScoreConfig,
     "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
     "entropy-flow": EntropyFlowConfig,
     "plot": PlotConfig,
     "select-layer": SelectLayerConfig,

@@ -18,7 +18,7 @@ from megatron_bupo.config.paths import HF, check_file, check_new_folder, check_o
 from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
 from megatron_bupo.config.schedule import ScheduleConfig
 from megatron_bupo.errors import UsageError
-from megatron_bupo.flags import Group, flag
+from megatron_bupo.flags import Group, flag, flag_name
 from megatron_bupo.rl.builtin import LossFlags, estimator, estimator_names, loss_names
 from megatron_bupo.rl.objective_flags import ObjectiveFlags
 from megatron_bupo.user_code import UserFunction
@@ -27,12 +27,27 @@ USER_FUNCTION = "NAME|FILE.py:function"
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
-def check_data_files(paths: list[str] | None) -> None:
-    """Raise UsageError unless every one of the files is there and of a kind that is read."""
+def check_data_files(paths: list[str] | None, name: str = "prompt_data") -> None:
+    """Raise UsageError unless every one of the files is there and of a kind that is read; `name` is the flag's."""
     for path in paths or []:
         if Path(path).suffix not in DATA_SUFFIXES:
-            raise UsageError(f"--prompt-data {path}: must end in .parquet, .jsonl or .json")
-        check_file("prompt_data", path)
+            raise UsageError(f"{flag_name(name)} {path}: must end in .parquet, .jsonl or .json")
+        check_file(name, path)
+
+
+def data_set_names(name: str, paths: list[str] | None) -> list[str]:
+    """The files' names without their endings, which name the data sets of an evaluation.
+
+    Raises:
+        UsageError: two files, given for the flag of the field `name`, would have the same.
+    """
+    names = [Path(path).stem for path in paths or []]
+    for number, data_set in enumerate(names):
+        if data_set in names[:number]:
+            raise UsageError(
+                f"{flag_name(name)}: two files are named {data_set}, which names their results; rename one"
+            )
+    return names
 
 
 def _check_name_or_function(flag: str, text: str, names: tuple[str, ...]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ TEMPLATES = {
 _MARKER = re.compile(r"</?[a-z_|]+>")
 # Arguments of apply_chat_template that templates read; its other arguments are no variables of a template.
 _READ_BY_TEMPLATES = {"tools", "documents"}
+_DEFAULTS: dict[str, Any] = {"enable_thinking": False}  # a template that knows no thinking ignores it
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,14 @@ class ChatFormat:
         """Whether a flag was given that means nothing for a prompt of raw text."""
         return self.name != OF_MODEL or self.system_prompt is not None or bool(self.variables)
 
+    def describe(self) -> str:
+        """For the record of a result: the name, a hash of the template's text, variables and system prompt."""
+        text = self.template or str(self.tokenizer.chat_template)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        variables = json.dumps(_DEFAULTS | (self.variables or {}), sort_keys=True)
+        system = "" if self.system_prompt is None else f", system prompt {self.system_prompt!r}"
+        return f"{self.name} (sha256 {digest}), {variables}{system}"
+
     def text(self, messages: Messages) -> str:
         """The prompt's text, with the opening of the assistant's turn at its end.
 
@@ -97,8 +108,7 @@ class ChatFormat:
         if self.system_prompt is not None:
             first = {"role": "system", "content": self.system_prompt}
             messages = [first, *(message for message in messages if message["role"] != "system")]
-        # A template that knows no thinking ignores the variable.
-        variables = {"enable_thinking": False, **(self.variables or {})}
+        variables = _DEFAULTS | (self.variables or {})
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **variables

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,24 @@ from megatron_bupo.samples import Prompt
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts that are short enough, in file order, and the number of those that were too long."""
+    """The prompts that are short enough, in file order, and the number of those that were too long.
+
+    `templated` says whether any of them is a list of messages, which went through the chat template.
+    """
 
     prompts: list[Prompt]
     num_dropped: int
+    templated: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def first(self, count: int | None) -> PromptSet:
+        """The first `count` prompts, with the number of those dropped among them; None: all."""
+        if count is None or count >= len(self.prompts):
+            return self
+        kept = self.prompts[:count]
+        return replace(self, prompts=kept, num_dropped=kept[-1].index + 1 - count)
 
     def epoch_order(self, seed: int, epoch: int) -> list[int]:
         """The positions in `prompts` in the order of an epoch (from 0), shuffled by seed and epoch."""
@@ -86,6 +97,7 @@ def load_prompts(
     chat = chat or ChatFormat(tokenizer)
     prompts = []
     num_rows = 0
+    templated = False
     with tqdm(desc="prompts", unit=" rows", disable=None if show_progress else True) as bar:
         for file in files:
             for where, row in read_rows(Path(file)):
@@ -95,6 +107,7 @@ def load_prompts(
                     raise UsageError(f"{where}: the prompt has no tokens")
                 if len(tokens) <= max_prompt_len:
                     prompts.append(Prompt(num_rows, tokens, text, answer, source))
+                    templated = templated or not isinstance(row["prompt"], str)
                 num_rows += 1
                 bar.update()
     if not prompts:
@@ -102,7 +115,7 @@ def load_prompts(
             f"{', '.join(files)}: all {num_rows} prompts are longer than {max_prompt_len} tokens; "
             "raise rollout-max-prompt-len"
         )
-    return PromptSet(prompts, num_rows - len(prompts))
+    return PromptSet(prompts, num_rows - len(prompts), templated)
 
 
 def check_positions(prompts: PromptSet, max_response_len: int, max_positions: int) -> None:

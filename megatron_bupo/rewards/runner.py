@@ -38,10 +38,15 @@ START_UP_S = 120.0
 
 @dataclass(frozen=True)
 class RewardResult:
-    """One reward per response, in order, and how many got 0.0 because no verdict came within the deadline."""
+    """One reward per response, in order, and whether it is 0.0 because no verdict came within the deadline."""
 
     rewards: list[float]
-    timeouts: int
+    timed_out: list[bool]
+
+    @property
+    def timeouts(self) -> int:
+        """How many responses had no verdict in time."""
+        return sum(self.timed_out)
 
 
 class _LockKeepingContext(ForkServerContext):
@@ -94,8 +99,7 @@ class RewardRunner:
         records = [self._record(rollout, number) for number, rollout in enumerate(rollouts, start=1)]
         self.wait_until_loaded()
         futures = [self._pool.schedule(_call, (self._function, record), timeout=self._timeout_s) for record in records]
-        rewards: list[float] = []
-        timeouts = 0
+        rewards: list[float | None] = []
         try:
             for number, future in enumerate(futures, start=1):
                 try:
@@ -110,14 +114,13 @@ class RewardRunner:
                     raise self._failed(number, "the worker processes died (out of memory?)") from error
                 if isinstance(reward, str):
                     raise self._failed(number, reward)
-                timeouts += reward is None
-                rewards.append(0.0 if reward is None else reward)
+                rewards.append(reward)
                 if progress is not None:
                     progress(number)
         finally:
             for future in futures:
                 future.cancel()
-        return RewardResult(rewards, timeouts)
+        return RewardResult([reward or 0.0 for reward in rewards], [reward is None for reward in rewards])
 
     def close(self) -> None:
         """End the workers, at once and whatever they do. Closing twice is harmless."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bupo.parallel.setup import ParallelState
+from megatron_bupo.parallel.setup import Processes
 from megatron_bupo.parallel.shared_work import on_first_rank
 from megatron_bupo.rollout.engine import TrainedModel
 
@@ -22,7 +22,7 @@ class LedModel:
     before `run` returns; it may be another thread than that of `run`.
     """
 
-    def __init__(self, model: TrainedModel, state: ParallelState) -> None:
+    def __init__(self, model: TrainedModel, state: Processes) -> None:
         self._model, self._state = model, state
         self._stream: Iterator[tuple[str, Tensor]] | None = None
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_bupo.config.rollout import RolloutConfig
 from megatron_bupo.data.rollout_files import read_rollouts, step_file
-from megatron_bupo.parallel.setup import ParallelState, Processes
+from megatron_bupo.parallel.setup import Processes
 from megatron_bupo.parallel.shared_work import on_first_rank
 from megatron_bupo.rewards.runner import RewardRunner
 from megatron_bupo.rollout.engine import (
@@ -31,11 +31,18 @@ from megatron_bupo.samples import Rollout
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The rollouts of one step in record order, the same on every rank; seconds by kind of work; reward timeouts."""
+    """Rollouts in record order, the same on every rank; seconds by kind of work.
+
+    `timed_out` says of which the reward is 0.0 because no verdict came in time; empty for a replay.
+    """
 
     rollouts: list[Rollout]
-    reward_timeouts: int = 0
+    timed_out: list[bool] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reward_timeouts(self) -> int:
+        return sum(self.timed_out)
 
 
 class RolloutSource(Protocol):
@@ -81,7 +88,7 @@ class EmbeddedGeneration:
     A response depends on (seed, step, prompt, sample) alone, so the shares change nothing.
     """
 
-    def __init__(self, engine: RolloutEngine, state: ParallelState) -> None:
+    def __init__(self, engine: RolloutEngine, state: Processes) -> None:
         self._engine, self._state = engine, state
 
     def update_weights(self, model: TrainedModel, version: str) -> None:
@@ -101,7 +108,7 @@ class ServedGeneration:
         engine: None on all other ranks.
     """
 
-    def __init__(self, engine: RolloutEngine | None, state: ParallelState) -> None:
+    def __init__(self, engine: RolloutEngine | None, state: Processes) -> None:
         self._engine, self._state = engine, state
         self._model: LedModel | None = None
 
@@ -123,42 +130,46 @@ class ServedGeneration:
         return self._engine
 
 
-class PromptedSource:
-    """Generates responses to the prompts, and computes their rewards on the first rank.
+class GradedGeneration:
+    """Generates responses to any requests, and computes their rewards on the first rank. Every call is a collective.
 
     Args:
-        rewards: of the first rank; None on all others.
+        rewards: of the first rank; None on all others. They are closed with this object, as the generator is.
+        keep_logprobs: as for `to_rollouts`.
     """
 
     def __init__(
         self,
         generator: ResponseGenerator,
-        prompting: Prompting,
         rewards: RewardRunner | None,
-        config: RolloutConfig,
-        state: ParallelState,
+        tokenizer: PreTrainedTokenizerBase,
+        state: Processes,
+        *,
+        keep_logprobs: bool = True,
     ) -> None:
         assert (rewards is not None) == (state.rank == 0), "the first rank, and only it, has the reward workers"
-        self._generator, self._prompting, self._rewards = generator, prompting, rewards
-        self._config, self._state = config, state
+        self._generator, self._rewards, self._tokenizer = generator, rewards, tokenizer
+        self._state, self._keep_logprobs = state, keep_logprobs
         try:
             on_first_rank(state, lambda: self._reward_runner.wait_until_loaded())
         except Exception:
             self.close()
             raise
 
-    def rollouts(self, step: int) -> RolloutBatch:
+    def answer(
+        self, requests: list[GenerationRequest], params: SamplingParams, samples_per_prompt: int
+    ) -> RolloutBatch:
+        """The responses to the requests, in their order, with rewards."""
         started = time.perf_counter()
-        params, samples = self._prompting.params, self._config.n_samples_per_prompt
-        prompts = self._prompting.prompts.batch(step, self._config.rollout_batch_size, params.seed)
-        requests = make_requests(prompts, step, samples)
         generations = self._generator.responses(requests, params)
-        unrewarded = to_rollouts(requests, generations, samples, self._prompting.tokenizer)
+        unrewarded = to_rollouts(
+            requests, generations, samples_per_prompt, self._tokenizer, keep_logprobs=self._keep_logprobs
+        )
         generated = time.perf_counter()
         result = on_first_rank(self._state, lambda: self._reward_runner.score(unrewarded))
         rollouts = [rollout.with_reward(reward) for rollout, reward in zip(unrewarded, result.rewards, strict=True)]
         seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
-        return RolloutBatch(rollouts, result.timeouts, seconds)
+        return RolloutBatch(rollouts, result.timed_out, seconds)
 
     def update_weights(self, model: TrainedModel, version: str) -> None:
         self._generator.update_weights(model, version)
@@ -172,6 +183,24 @@ class PromptedSource:
     def _reward_runner(self) -> RewardRunner:
         assert self._rewards is not None, "only the first rank has the reward workers"
         return self._rewards
+
+
+class PromptedSource:
+    """Responses to the prompts of a step, with rewards."""
+
+    def __init__(self, graded: GradedGeneration, prompting: Prompting, config: RolloutConfig) -> None:
+        self.graded, self._prompting, self._config = graded, prompting, config
+
+    def rollouts(self, step: int) -> RolloutBatch:
+        params, samples = self._prompting.params, self._config.n_samples_per_prompt
+        prompts = self._prompting.prompts.batch(step, self._config.rollout_batch_size, params.seed)
+        return self.graded.answer(make_requests(prompts, step, samples), params, samples)
+
+    def update_weights(self, model: TrainedModel, version: str) -> None:
+        self.graded.update_weights(model, version)
+
+    def close(self) -> None:
+        self.graded.close()
 
 
 class FirstStepKept:

@@ -17,8 +17,9 @@ from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.prompting import Prompting
 from megatron_bupo.rollout.start import check_source
 from megatron_bupo.training.auto_layer import choice_so_far, layer_of_run
-from megatron_bupo.training.run_record import EarlierStart, changed_flags, fingerprint
+from megatron_bupo.training.run_record import EarlierStart, changed_flags
 from megatron_bupo.training.run_state import RunIdentity, Start, find_start
+from megatron_bupo.weights.fingerprint import fingerprint
 from megatron_bupo.weights.hf_files import HFWeights, open_model
 
 

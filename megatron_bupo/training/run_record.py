@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -19,7 +18,6 @@ from megatron_bupo.training.run_state import RunIdentity
 
 SCHEMA = 1
 _LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify")
-_SAMPLED_BYTES = 1 << 20
 # Flags that are not named when they change. They say where a run is kept, how long it is, on which machine it runs and
 # what is measured beside it; or RunIdentity compares what they stand for (model, data, seed, schedule, sizes, loss).
 _UNNAMED_GROUPS = {"parallel", "sglang", "run"}
@@ -116,20 +114,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over names, sizes and content of a HuggingFace folder's config and weights.
-
-    Of each file only the first, middle and last MiB are read, so that it costs nothing at any size: it tells models
-    apart, it does not prove that every byte is the same.
-    """
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in sorted({0, max(0, size // 2), max(0, size - _SAMPLED_BYTES)}):
-                file.seek(start)
-                digest.update(file.read(_SAMPLED_BYTES))
-    return digest.hexdigest()

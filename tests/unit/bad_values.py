@@ -125,13 +125,19 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
     "num-prompts": [("0", "must be at least 1")],
     "heatmap-response": [("0", "must be at least 1")],
     "flow": [("", "must not be empty")],
+    "preset": [("papers", "must be one of paper, paper-pass-at-k"), ("", "must not be empty")],
+    "k": [("0", "must be at least 1"), ("2", "there are 1 samples a question")],
+    "compare": [("one", "give two results, not 1"), ("", "must not be empty")],
     "runs": [("tests", "has no metrics.jsonl"), ("", "must not be empty")],
     "labels": [("", "must not be empty")],
 }
 # Where a flag means something else than in the other commands.
 OTHER_BAD_VALUES: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("entropy-flow", "output"): [("setup.py", "is a file, not a folder"), ("", "must not be empty")],
+    ("evaluate", "output"): [("setup.py", "is a file, not a folder"), ("", "must not be empty")],
+    ("evaluate", "load"): [("no/run", "no such folder"), ("", "must not be empty")],
     ("plot", "output"): [("setup.py", "is a file, not a folder"), ("", "must not be empty")],
     ("generate", "n-samples-per-prompt"): [("0", "must be at least 1")],
+    ("evaluate", "n-samples-per-prompt"): [("0", "must be at least 1")],
     ("entropy-flow", "n-samples-per-prompt"): [("0", "must be at least 1")],
 }

@@ -1,5 +1,6 @@
 """Chat templates by name and from files, system prompts and the variables of a template."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,15 @@ def test_raw_text_goes_through_no_template(
 
 def test_the_flag_knows_every_template() -> None:
     assert (OF_MODEL, *TEMPLATES) == CHAT_TEMPLATES
+
+
+def test_a_record_tells_formats_apart(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    given: list[dict[str, Any]] = [{}, {"chat_template": "plain"}, {"system_prompt": "Be brief."}]
+    given += [{"chat_template_kwargs": '{"enable_thinking": true}'}, {"chat_template": str(tmp_path / "mine.jinja")}]
+    described = [ChatFormat.read(ChatConfig(**flags), tokenizer).describe() for flags in given]
+    assert len(set(described)) == len(given)
+    digest = hashlib.sha256(OWN.encode()).hexdigest()[:16]
+    assert described[0] == f'model (sha256 {digest}), {{"enable_thinking": false}}'
+    (tmp_path / "mine.jinja").write_text("{{ messages[0] }}")
+    assert ChatFormat.read(ChatConfig(**given[4]), tokenizer).describe() != described[4]

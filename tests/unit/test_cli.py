@@ -28,6 +28,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str
         "train": [*model, "--train-iters", "5", "--prompt-data", data],
         "score": [*model, "--rollouts", data, "--output", out],
         "generate": [*model, "--prompt-data", data, "--output", out],
+        "evaluate": [*model, "--prompt-data", data, "--output", str(tmp_path / "evaluation")],
         "entropy-flow": [*model, "--rollouts", data, "--output", str(tmp_path / "flow")],
         "plot": ["--flow", str(tmp_path / "flow"), "--output", str(tmp_path / "figures")],
         "select-layer": ["--flow", str(tmp_path / "flow")],
@@ -116,6 +117,55 @@ def test_combinations_of_the_flow_commands(words: dict[str, list[str]], tmp_path
     assert "--policy full layer:1 full: give each policy once" in refusal("generate", [*words["generate"], *twice])
     stops = ["--internal-stop", "kl:1", "kl:2"]
     assert "--internal-stop kl:1 kl:2: give each name once" in refusal("train", [*words["train"], *stops])
+
+
+def test_combinations_of_evaluate(words: dict[str, list[str]], tmp_path: Path) -> None:
+    given = words["evaluate"]
+    assert refusal("evaluate", []).startswith("missing: --hf-model DIR, --prompt-data FILE, --output DIR; ")
+    assert "--k 5: there are 4 samples" in refusal("evaluate", [*given, "--n-samples-per-prompt", "4", "--k", "1", "5"])
+    assert "--k 17: there are 16" in refusal("evaluate", [*given, "--preset", "paper", "--k", "17"])
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "data.json").write_text("")
+    twice = ["--prompt-data", str(tmp_path / "data.jsonl"), str(tmp_path / "deep" / "data.json")]
+    assert "--prompt-data: two files are named data" in refusal("evaluate", [*given, *twice])
+    served = ["--rollout-engine", "sglang", "--sglang-launch", "--policy", "layer:2"]
+    assert "--policy layer:2: SGLang servers have the full policy only" in refusal("evaluate", [*given, *served])
+    two = ["--compare", "a", "b"]
+    assert "--compare a b: reads two results that are there; leave out --hf-model" in refusal(
+        "evaluate", [*given, *two]
+    )
+    assert parse("evaluate", two)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text("{}")
+    assert "already holds evaluation.json" in refusal("evaluate", given)
+
+
+def test_layouts_of_evaluate(words: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The local engine alone has the whole model in every process; --load reads it in a layout."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tensor = [*words["evaluate"], "--tensor-model-parallel-size", "2"]
+    assert "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1: goes only with --load" in refusal(
+        "evaluate", tensor
+    )
+    config: Any = parse("evaluate", [*tensor, "--load", str(tmp_path)])
+    assert config.layout.parallel.tensor_model_parallel_size == 2
+
+
+def test_presets_are_defaults_that_flags_override(words: dict[str, list[str]], tmp_path: Path) -> None:
+    for name in ("aime_2024.parquet", "math500.parquet"):
+        (tmp_path / name).write_text("")
+    files = ["--prompt-data", str(tmp_path / "aime_2024.parquet"), str(tmp_path / "math500.parquet")]
+
+    def samples(*flags: str) -> list[int]:
+        config: Any = parse("evaluate", [*words["evaluate"], *files, *flags])
+        assert config.rollout.rollout_temperature == (0.6 if "0.6" in flags else 1.0)
+        assert (config.rollout.rollout_top_p, config.rollout.rollout_max_response_len) == (1.0, 8192)
+        return [config.num_samples(name) for name in ("aime_2024", "math500")]
+
+    assert samples() == [1, 1]
+    assert samples("--preset", "paper") == [32, 16]
+    assert samples("--preset", "paper-pass-at-k") == [300, 300]
+    assert samples("--preset", "paper", "--n-samples-per-prompt", "4", "--rollout-temperature", "0.6") == [4, 4]
 
 
 def test_missing_flags_are_listed() -> None:
@@ -247,12 +297,6 @@ def test_world_size_is_checked_before_the_start(
     monkeypatch.setenv("RANK", "0")
     assert program.main(given) == 0
     assert len(recorder.configs) == 2
-
-
-@pytest.mark.parametrize("command", ["evaluate"])
-def test_commands_that_are_not_there_yet(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main([command, "--hf-model", "x"]) == 2
-    assert capsys.readouterr().err.startswith(f"megatron-bupo: error: {command}: is not there yet")
 
 
 def test_top_level_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def load(name: str, function: str, folder: Path) -> Any:
 def test_the_page_has_the_examples_that_are_tested_here() -> None:
     assert {Path(name).name for name in code_blocks(PAGE)} == {
         "mine_loss.py", "policy_gradient.py", "mine_estimator.py", "sign.py", "mine_reward.py", "mine_engine.py",
-        "mistral.py",
+        "mistral.py", "quick.py",
     }  # fmt: skip
 
 
@@ -136,6 +136,23 @@ def test_a_built_in_loss_and_a_built_in_estimator_are_one_new_file_each(tmp_path
     assert refusal == "--gradient-weight -1.0: must be greater than 0"
     assert "--gradient-weight" in help_text and "policy-gradient, ppo-clip" in help_text and "sign" in help_text
     assert is_torch_free
+
+
+PRESET = """
+import json, sys
+from megatron_bupo.config.command_line import parse
+
+config = parse("evaluate", json.loads(sys.argv[1]))
+print(json.dumps([config.num_samples("math500"), config.rollout.rollout_temperature]))
+"""
+
+
+def test_a_preset_is_one_new_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "math500.jsonl").write_text("{}\n")
+    words = ["--hf-model", str(tmp_path), "--prompt-data", str(tmp_path / "math500.jsonl")]
+    words += ["--output", str(tmp_path / "out"), "--preset", "quick"]
+    assert run_extended(PRESET, tmp_path, json.dumps(words)) == [4, 0.8]
 
 
 FAMILY = """

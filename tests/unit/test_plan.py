@@ -15,8 +15,9 @@ from megatron_bupo.config.command_line import parse
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.training.plan import describe_plan, memory_estimate, parameter_counts
-from megatron_bupo.training.run_record import describe_run, fingerprint
+from megatron_bupo.training.run_record import describe_run
 from megatron_bupo.training.run_state import RunIdentity
+from megatron_bupo.weights.fingerprint import fingerprint
 from tests.parallel.references import configs, write_model
 
 

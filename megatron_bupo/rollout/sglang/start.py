@@ -1,4 +1,4 @@
-"""The engine of a training run with its servers, from the flags."""
+"""The engine of a run with its servers, from the flags."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.config.evaluate import EvaluateConfig
 from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.config.train import TrainConfig
-from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rollout.sglang.client import http_library
 from megatron_bupo.rollout.sglang.engine import SGLangEngine
@@ -33,8 +33,10 @@ def check_servers(flags: SGLangConfig) -> None:
         check_launch(flags, key or None)
 
 
-def start_engine(config: TrainConfig, arch: Architecture, prompts: PromptSet, device: torch.device) -> SGLangEngine:
-    """Start the servers or connect to them, and wait until they are ready.
+def start_engine(
+    config: TrainConfig | EvaluateConfig, arch: Architecture, longest_prompt: int, device: torch.device
+) -> SGLangEngine:
+    """Start the servers or connect to them, and wait until they are ready. `longest_prompt` is in tokens.
 
     Raises:
         UsageError: a server did not start, or cannot serve this run.
@@ -47,9 +49,8 @@ def start_engine(config: TrainConfig, arch: Architecture, prompts: PromptSet, de
     logs = Path(run.save) / "sglang" if run.save else None
     servers = Servers.start(flags, model.hf_model, model.dtype_name, run.seed, logs, api_key)
     try:
-        longest = max(len(prompt.tokens) for prompt in prompts.prompts)
         for worker in servers.workers:
-            worker.info.check_room(worker.name, longest, config.rollout.rollout_max_response_len)
+            worker.info.check_room(worker.name, longest_prompt, config.rollout.rollout_max_response_len)
         method = sync_method(flags.weight_sync, {worker.info.device for worker in servers.workers}, device.type)
         sync = WeightSync(
             method,

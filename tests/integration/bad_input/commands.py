@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 PREFIX = "megatron-bupo: error: "
 WEIGHTS = "model.safetensors"
-COMMANDS = ("train", "replay", "score", "generate", "entropy-flow")
+COMMANDS = ("train", "replay", "score", "generate", "evaluate", "entropy-flow")
 GOOD_ROW = '{"prompt": "w2 w3", "answer": 1}\n'
 
 
@@ -26,6 +26,9 @@ def words_of(command: str, case: Path, *flags: str) -> list[str]:
     if command == "generate":
         files = ["--prompt-data", str(case / "prompts.jsonl"), "--output", str(case / "out" / "generated")]
         return ["generate", *model, *files, "--rollout-max-response-len", "4", *flags]
+    if command == "evaluate":
+        files = ["--prompt-data", str(case / "prompts.jsonl"), "--output", str(case / "out" / "evaluation")]
+        return ["evaluate", *model, *files, "--rollout-max-response-len", "4", *flags]
     source = ["--load-rollouts", str(case / "rollouts")]
     if command == "train":
         source = ["--prompt-data", str(case / "prompts.jsonl"), "--reward", f"{case / 'reward.py'}:half"]

@@ -41,13 +41,14 @@ def case(good: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def refused(case: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command in this process, where it may start no process group; the one line that it ends with."""
-    from megatron_bupo.commands import entropy_flow, generate, score, train
+    from megatron_bupo.commands import entropy_flow, evaluate, generate, score, train
 
     def start(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("bad input got as far as the process group")
 
-    monkeypatch.setattr(generate, "processes", start)
-    for module in (entropy_flow, score, train):
+    for module in (evaluate, generate):
+        monkeypatch.setattr(module, "processes", start)
+    for module in (entropy_flow, evaluate, score, train):
         monkeypatch.setattr(module, "parallel_state", start)
 
     def run(command: str, *flags: str, out_exists: bool = False) -> str:

@@ -60,6 +60,32 @@ def test_parquet_that_is_none(command: str, case: Path, refused: Callable[..., s
     assert "prompts.parquet: cannot be read" in refused(command, "--prompt-data", str(file))
 
 
+def test_data_that_cannot_be_evaluated(case: Path, refused: Callable[..., str]) -> None:
+    (case / "prompts.jsonl").write_text('{"prompt": "w2"}\n')
+    assert "row 1: neither 'reward_model.ground_truth' nor 'answer'" in refused("evaluate")
+    (case / "prompts.jsonl").write_text("")
+    assert "no rows in it" in refused("evaluate")
+
+
+def test_evaluations_that_are_there(case: Path, refused: Callable[..., str]) -> None:
+    """A finished folder, one that was begun otherwise, one of something else."""
+    folder = case / "out" / "evaluation"
+    (folder / "responses").mkdir(parents=True)
+    assert "has responses/ but no settings.json" in refused("evaluate", out_exists=True)
+    (folder / "settings.json").write_text('{"policy": "layer:2"}')
+    assert "policy: layer:2 then, full now" in refused("evaluate", out_exists=True)
+    (folder / "settings.json").write_text("{")
+    assert "settings.json: not JSON" in refused("evaluate", out_exists=True)
+    (folder / "evaluation.json").write_text("{}")
+    assert "already holds evaluation.json" in refused("evaluate", out_exists=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "responses", "settings.json"]
+
+
+def test_what_load_names(case: Path, refused: Callable[..., str]) -> None:
+    assert "no such folder" in refused("evaluate", "--load", str(case / "nothing"))
+    assert "has no latest_checkpointed_iteration.txt" in refused("evaluate", "--load", str(case / "rollouts"))
+
+
 # --- rollout files
 
 

@@ -137,6 +137,7 @@ def test_tokenizers(command: str, case: Path, refused: Callable[..., str]) -> No
         ("replay", ["--policy-schedule", "layer:1x1,attn:5"]),
         ("score", ["--policy", "layer:5"]),
         ("generate", ["--policy", "ffn:5@norm"]),
+        ("evaluate", ["--policy", "attn:5"]),
     ],
 )
 def test_layers_beyond_the_model(command: str, flags: list[str], refused: Callable[..., str]) -> None:

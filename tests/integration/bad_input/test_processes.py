@@ -35,7 +35,7 @@ def test_nan_in_one_stage_ends_every_rank_in_one_line(command: str, case: Path) 
     assert not (case / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["score", "generate", "entropy-flow"])
+@pytest.mark.parametrize("command", ["score", "generate", "evaluate", "entropy-flow"])
 def test_nan_in_one_process(command: str, case: Path) -> None:
     put_nan(case / "model")
     result = run_python("-m", "megatron_bupo", *words_of(command, case))
