@@ -34,9 +34,10 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
+    # transformer-engine: the versions that megatron-core 0.16 takes; flash-attn is for its attention.
     # The client only. A server wants an environment of its own: sglang pins another torch than the one above.
     "sglang": ["httpx2>=2.10,<3"],
-    "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.8"],
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.8"],
     "dev": [
         "accelerate>=1.0",  # transformers reads GGUF only with it
         "gguf>=0.17",

@@ -34,6 +34,11 @@ class WeightTable:
                 return mapping, layer
         raise AssertionError(f"{megatron_name} is not in the weight table of {self.arch.family}")
 
+    def local_name(self, megatron_name: str) -> str:
+        """The local spec's spelling of a parameter's name, which all layouts and both specs share."""
+        mapping, layer = self.lookup(megatron_name)
+        return mapping.megatron_name(layer)
+
     def __iter__(self) -> Iterator[tuple[Mapping, int | None]]:
         """Every parameter of the whole model once, as (mapping, layer), in the order of the network."""
         layered = [mapping for mapping in self.mappings if mapping.per_layer]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
+_GPU_PACKAGES = ("transformer_engine", "apex", "amp_C", "flash_attn")
 _installed = False
 
 
@@ -73,18 +74,23 @@ def give_freed_memory_back() -> None:
 
 
 @contextmanager
-def without_compiler() -> Iterator[None]:
-    """For the import of megatron-core: torch.compile returns functions as they are.
+def without_gpu_packages() -> Iterator[None]:
+    """For the import of megatron-core: torch.compile returns functions as they are, packages for GPUs are not there.
 
-    megatron-core decorates its fused functions with it; the model uses none of them (model/build.py), and the
-    decorator imports the whole compiler, which takes longer than megatron-core itself.
+    megatron-core decorates its fused functions with the one; the model uses none of them (model/build.py), and the
+    decorator imports the whole compiler, which takes longer than megatron-core itself. Of the others it takes optimizer
+    and norms as soon as they can be imported, which fail without a GPU.
     """
-    compiler = torch.compile
+    compiler, modules = torch.compile, dict(sys.modules)
     torch.compile = lambda function: function  # type: ignore[assignment]
+    sys.modules.update(dict.fromkeys(_GPU_PACKAGES))  # type: ignore[arg-type] # None: there is no such module
     try:
         yield
     finally:
         torch.compile = compiler
+        for name in _GPU_PACKAGES:
+            del sys.modules[name]
+        sys.modules.update({name: module for name, module in modules.items() if name in _GPU_PACKAGES})
 
 
 def install() -> None:

@@ -88,8 +88,8 @@ def processes(seed: int) -> Iterator[Processes]:
 
 
 def _import_megatron_core() -> None:
-    compiler = nullcontext() if torch.cuda.is_available() else cpu.without_compiler()
-    with without_gc(), compiler, warnings.catch_warnings():
+    there = nullcontext() if torch.cuda.is_available() else cpu.without_gpu_packages()
+    with without_gc(), there, warnings.catch_warnings():
         # megatron-core says at its import, module by module, that neither transformer-engine nor apex is there.
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt.gpt_layer_specs

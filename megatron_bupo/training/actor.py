@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from megatron.core.distributed import (
 from torch import Tensor
 
 from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.table import table_for
 from megatron_bupo.config.train import AlgorithmConfig, OptimizerConfig, ParallelConfig
 from megatron_bupo.model.kernels import library_of
 from megatron_bupo.model.parallel_model import ParallelModel
@@ -30,7 +31,7 @@ from megatron_bupo.rl.objective import Objective
 from megatron_bupo.samples import MicroBatch
 from megatron_bupo.training.norms import ParameterNorms
 from megatron_bupo.training.optimizer import PhaseOptimizer
-from megatron_bupo.training.optimizer_state import OptimizerState
+from megatron_bupo.training.optimizer_state import OptimizerState, steps_of
 from megatron_bupo.weights.hf_files import HFWeights
 
 
@@ -73,6 +74,7 @@ class Actor(ParallelModel):
     Args:
         specs: every policy that the schedule trains; the optimizer's groups are cut along them.
         norms_interval: see ParameterNorms.
+        steps: of a run that goes on, the steps taken on each parameter (RunState.optimizer_steps).
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Actor(ParallelModel):
         converted: Path | None = None,
         *,
         norms_interval: int = 1,
+        steps: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(arch, weights, parallel, state, dtype, converted)
         self.dtype = dtype
@@ -97,7 +100,15 @@ class Actor(ParallelModel):
             overlap_grad_reduce=False,
         )
         self._wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in self.chunks]
-        self.optimizer = PhaseOptimizer(optimizer, self._wrapped, self.named_parameters(), specs, dtype)
+        self._table = table_for(arch)
+        self.optimizer = PhaseOptimizer(
+            optimizer,
+            self._wrapped,
+            self.named_parameters(),
+            specs,
+            dtype,
+            lambda name: steps_of(self._table.local_name(name), steps) if steps else 0,
+        )
         self.norms = ParameterNorms(
             self.named_parameters(),
             specs,
@@ -113,7 +124,8 @@ class Actor(ParallelModel):
 
     def optimizer_state(self) -> OptimizerState:
         """What Adam keeps, to be saved or restored."""
-        return OptimizerState(self.optimizer.megatron, self.named_parameters(), self.dtype, self.state.dp_group)
+        parameters, dp_group = self.named_parameters(), self.state.dp_group
+        return OptimizerState(self.optimizer.megatron, parameters, self.dtype, dp_group, self._table)
 
     def update(
         self, batches: Sequence[MicroBatch], spec: PolicySpec, objective: Objective, lr: float, temperature: float

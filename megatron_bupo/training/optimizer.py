@@ -1,5 +1,8 @@
 """One optimizer for both phases: parameter groups cut where the schedule's policies begin and end.
 
+Where a run goes on with another schedule they are also cut where parameters took different numbers of steps, which a
+FusedAdam counts by group.
+
 A policy trains the embedding, the unembedding and every layer that its distribution depends on. The other parameters
 have no gradient and are skipped, as torch skips them: values, moments and step count stay exactly as they were.
 (Megatron's buffers hold zeros for them, with which Adam would still decay weights and moments.)
@@ -8,7 +11,7 @@ have no gradient and are skipped, as torch skips them: values, moments and step 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +60,7 @@ class PhaseOptimizer:
         model: the wrapped model chunks of this rank.
         parameters: (global name, parameter) of every chunk.
         specs: the policies of the whole schedule.
+        steps: of a run that goes on, how many steps were taken on a parameter of this name.
     """
 
     def __init__(
@@ -66,18 +70,21 @@ class PhaseOptimizer:
         parameters: Iterable[tuple[str, nn.Parameter]],
         specs: Sequence[PolicySpec],
         dtype: torch.dtype,
+        steps: Callable[[str], int] = lambda name: 0,
     ) -> None:
         self._weight_decay = config.weight_decay
-        # A group is the set of policies that train it, as a bit mask: the same on every rank.
-        masks = {
-            param: sum(1 << bit for bit, spec in enumerate(specs) if trains(spec, name)) for name, param in parameters
+        # A group is the set of policies that train it, as a bit mask, and its steps so far: the same on every rank.
+        groups = {
+            param: (sum(1 << bit for bit, spec in enumerate(specs) if trains(spec, name)), steps(name))
+            for name, param in parameters
         }
         self._bits = {spec: 1 << bit for bit, spec in enumerate(specs)}
         overrides: dict[ParamKey, Any] = {
-            ParamKey(predicate=ParamPredicate(f"trained by {mask:b}", lambda param, mask=mask: masks[param] == mask)): {
-                "trained_by": mask
+            ParamKey(predicate=ParamPredicate(f"group {group}", lambda param, group=group: groups[param] == group)): {
+                "trained_by": group[0],
+                "steps_before": group[1],
             }
-            for mask in sorted(set(masks.values()))
+            for group in sorted(set(groups.values()))
         }
         # Given overrides, Megatron drops its default: no weight decay on norms and biases.
         overrides[ParamKey(predicate=ParamPredicate("vector", lambda param: param.dim() == 1))] = {"wd_mult": 0.0}

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
+from megatron_bupo.architectures.table import WeightTable
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -81,6 +83,21 @@ def _counts_per_parameter(slot: Slot) -> bool:
     return isinstance(slot.inner, torch.optim.Adam)
 
 
+def _count_group(group: dict[str, Any], count: int) -> None:
+    """Set the steps of a group, of whose parameters this is one; PhaseOptimizer cuts groups so that they agree."""
+    if count > 0:
+        assert group.get("step", count) == count, f"one group with {group['step']} and {count} steps"
+        group["step"] = count
+    else:
+        assert "step" not in group, f"one group with {group['step']} and 0 steps"
+
+
+def steps_of(name: str, steps: Mapping[str, int]) -> int:
+    """How many steps were taken on a parameter, by its local name, from what `OptimizerState.steps` returned."""
+    # A pipeline's last stage has a copy of tied embeddings, which another layout may not have had.
+    return steps[EMBEDDING if name == "output_layer.weight" and name not in steps else name]
+
+
 def _gather(param: nn.Parameter, slot: Slot | None, part: Tensor | None, group: dist.ProcessGroup) -> Tensor:
     """A tensor of the parameter's shape from the parts of the data-parallel ranks, bit for bit; a collective."""
     whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
@@ -99,6 +116,7 @@ class OptimizerState:
         parameters: (global name, parameter) of every chunk of this rank.
         dtype: of the model; below fp32 the masters are kept too.
         dp_group: the ranks among which the distributed optimizer spreads its state.
+        table: of the model, for names that do not depend on the layer spec.
     """
 
     def __init__(
@@ -107,15 +125,18 @@ class OptimizerState:
         parameters: Sequence[tuple[str, nn.Parameter]],
         dtype: torch.dtype,
         dp_group: dist.ProcessGroup,
+        table: WeightTable,
     ) -> None:
         self._parameters, self._slots, self._dp_group = parameters, slots(optimizer), dp_group
+        self._local_name = table.local_name
         self._is_spread = any(_is_spread(part) for part in optimizer.chained_optimizers)
         self._kinds = MOMENTS if dtype == torch.float32 else (*MOMENTS, MASTER)
 
     def steps(self) -> dict[str, int]:
-        """How many steps Adam took on each parameter of this rank or of its data-parallel peers."""
+        """How many steps Adam took on each parameter of this rank or of its data-parallel peers, by its local name."""
         mine = {}
-        for name, param in self._parameters:
+        for spelling, param in self._parameters:
+            name = self._local_name(spelling)
             slot = self._slots.get(param)
             state = slot.inner.state.get(slot.value, {}) if slot else {}
             if slot is None or not state:
@@ -154,18 +175,17 @@ class OptimizerState:
             slot = self._slots.get(param)
             if slot is None:
                 continue
-            # A pipeline's last stage has a copy of tied embeddings, which another layout may not have had.
-            count = steps[EMBEDDING if name == "output_layer.weight" and name not in steps else name]
+            count = steps_of(self._local_name(name), steps)
             parts = {kind: loaded[f"{kind}.{name}"].flatten()[slot.start : slot.end] for kind in self._kinds}
             with torch.no_grad():
                 if MASTER in parts:
                     slot.value.copy_(parts[MASTER].view(slot.value.shape))
             slot.inner.state.pop(slot.value, None)
+            if not _counts_per_parameter(slot):
+                _count_group(slot.group, count)
             if count == 0:
                 continue
             state: dict[str, Any] = {kind: parts[kind].clone().view(slot.value.shape) for kind in MOMENTS}
             if _counts_per_parameter(slot):
                 state["step"] = torch.tensor(float(count), dtype=torch.float32)
-            else:
-                slot.group["step"] = count
             slot.inner.state[slot.value] = state

@@ -45,6 +45,7 @@ def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None
         run.schedule.specs,
         start.converted,
         norms_interval=config.monitor.norms_interval,
+        steps=start.state.optimizer_steps if start.state is not None else None,
     )
     tracker = _open_tracker(run, actor.kernels()) if state.rank == 0 else None
     temperature, max_tokens = config.rollout.rollout_temperature, config.batch.max_tokens_per_micro_batch

@@ -79,7 +79,7 @@ def hf_tensors(
     None for a group means that it has one rank.
     """
     table = table_for(arch)
-    params = {_key(table, name): parameter.detach() for name, parameter in named_params}
+    params = {table.local_name(name): parameter.detach() for name, parameter in named_params}
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
     owners, dtypes = _owners(params, pp_group)
     pp_rank = 0 if pp_group is None else dist.get_rank(pp_group)
@@ -100,12 +100,6 @@ def hf_tensors(
                 tensor = tensor.contiguous()
                 dist.broadcast(tensor, dist.get_global_rank(pp_group, owners[name]), group=pp_group)
             yield hf_name, tensor
-
-
-def _key(table: WeightTable, name: str) -> str:
-    """The local spec's spelling of a parameter's name, which all stages share."""
-    mapping, layer = table.lookup(name)
-    return mapping.megatron_name(layer)
 
 
 def _owners(
@@ -136,7 +130,7 @@ def _gather(mapping: Mapping, shard: Tensor, tp_size: int, tp_group: dist.Proces
 
 def _assert_whole_layers(table: WeightTable, params: dict[str, nn.Parameter]) -> None:
     """Without this check a parameter that the model lacks (say its q and k norms) would be skipped in silence."""
-    present = {_key(table, name) for name in params}
+    present = {table.local_name(name) for name in params}
     layers = {table.lookup(name)[1] for name in params} - {None}
     for layer in layers:
         expected = {mapping.megatron_name(layer) for mapping in table.mappings if mapping.per_layer}

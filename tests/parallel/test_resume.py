@@ -37,6 +37,10 @@ def test_one_process_stopped_after_every_step(train_cases: Path, tmp_path: Path)
     assert_passed(run_python("tests/parallel/resume_worker.py", train_cases, tmp_path))
 
 
+def test_an_optimizer_that_counts_steps_by_group(train_cases: Path, tmp_path: Path) -> None:
+    assert_passed(run_python("tests/parallel/group_adam_worker.py", train_cases, tmp_path))
+
+
 @pytest.fixture(scope="module")
 def whole_runs(train_cases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of fp32 and bf16: two data-parallel ranks that share the optimizer's state, a checkpoint a step."""
