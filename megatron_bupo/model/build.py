@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import ParallelConfig
-from megatron_bupo.ops.attention import PackedSdpaAttention
+from megatron_bupo.ops import transformer_engine
+from megatron_bupo.ops.attention import PackedAttention
 from megatron_bupo.ops.lean_layers import RMSNorm, SwiGLU
 from megatron_bupo.parallel.setup import ParallelState
 
@@ -36,15 +36,10 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
 
-@functools.cache
-def has_transformer_engine() -> bool:
-    """Whether transformer-engine's layers are used, which need CUDA; otherwise the local spec with torch's own."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
 def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """The TransformerConfig of a model in a layout; `dtype` is that of parameters and activations."""
     virtual = parallel.num_virtual_stages_per_pipeline_rank
+    has_te = transformer_engine.is_used(dtype)
     return TransformerConfig(
         **arch.transformer_config_kwargs(),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -61,13 +56,13 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         perform_initialization=False,  # every parameter is loaded
         # The loss is a sum over tokens divided by the number of tokens in the global mini-batch, in every layout.
         calculate_per_token_loss=True,
-        # megatron-core's name for "the activation is a module of the layer spec": there it is model/light.py's.
-        use_te_activation_func=not has_transformer_engine(),
+        # megatron-core's name for "the activation is a module of the layer spec": ops/lean_layers.py's.
+        use_te_activation_func=not has_te,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=has_te,
         persist_layer_norm=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=has_te,  # SwiGLU that keeps its input alone
         bias_dropout_fusion=False,
         # Anything else gives silently wrong numbers on gloo with virtual stages.
         overlap_p2p_comm=False,
@@ -76,15 +71,18 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
     )
 
 
-def _layer_spec(arch: Architecture) -> ModuleSpec:
-    if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+def _layer_spec(arch: Architecture, dtype: torch.dtype) -> ModuleSpec:
+    if transformer_engine.is_used(dtype):
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        if transformer_engine.other_cudnn() is not None:
+            spec.submodules.self_attention.submodules.core_attention = PackedAttention
+        return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.mlp.submodules.activation_func = SwiGLU
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = PackedSdpaAttention
+    attention.core_attention = PackedAttention
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
@@ -105,14 +103,16 @@ def build_model(
 ) -> list[HiddenStateModel]:
     """The model chunks of this rank, one per virtual stage, with parameters that still have to be loaded."""
     config = transformer_config(arch, parallel, dtype)
+    layer_spec, has_te = _layer_spec(arch, dtype), transformer_engine.is_used(dtype)
+    if has_te and state.rank == 0 and (warning := transformer_engine.other_cudnn()) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     chunks = []
     for virtual_stage in range(state.vpp_size):
         is_first = state.pp_rank == 0 and virtual_stage == 0
         is_last = state.is_last_stage and virtual_stage == state.vpp_size - 1
         vp_stage = virtual_stage if state.vpp_size > 1 else None
-        layer_spec = _layer_spec(arch)
         block: ModuleSpec | TransformerBlockSubmodules = layer_spec
-        if not has_transformer_engine():
+        if not has_te:
             num_layers = get_num_layers_to_build(config, vp_stage)
             block = TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=RMSNorm)
         model = HiddenStateModel(

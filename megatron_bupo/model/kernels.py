@@ -14,6 +14,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_bupo.model.build import HiddenStateModel
 from megatron_bupo.ops import torch_passes
+from megatron_bupo.ops.attention import PackedAttention
 from megatron_bupo.ops.tiles import passes_for
 
 # Packages with kernels of their own -> their names in texts; everything else is torch's.
@@ -33,8 +34,10 @@ def kernels_of(model: HiddenStateModel, device: torch.device) -> dict[str, str]:
     norm: Any = layer.pre_mlp_layernorm
     in_linear = isinstance(norm, IdentityOp)
     in_torch = passes_for(device, torch.float32) is torch_passes
+    attention = layer.self_attention.core_attention
+    flash = ", one flash call" if isinstance(attention, PackedAttention) and attention.is_one_call else ""
     return {
-        "attention": library_of(type(layer.self_attention.core_attention)),
+        "attention": library_of(type(attention)) + flash,
         "norms": library_of(type(layer.mlp.linear_fc1 if in_linear else norm)),
         "rope": _versioned("transformer_engine" if config.apply_rope_fusion else "torch"),
         "SwiGLU": library_of(type(layer.mlp.activation_func)),

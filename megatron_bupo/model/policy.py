@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -20,8 +19,9 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_bupo.model.build import HiddenStateModel, has_transformer_engine
+from megatron_bupo.model.build import HiddenStateModel
 from megatron_bupo.model.views import view_for
+from megatron_bupo.ops.attention import PackedSequences
 from megatron_bupo.ops.unembedding import logprob_and_entropy
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
@@ -40,20 +40,6 @@ class PolicyOutput:
 LossFunction = Callable[[MicroBatch, PolicyOutput], tuple[Tensor, Tensor, Any]]
 # On the last stage, from its hidden state: the input of the schedule's loss function, and that function.
 LastStage = Callable[[HiddenStateModel, Tensor, MicroBatch], tuple[Any, Callable[..., Any]]]
-
-
-def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
-    """megatron-core's description of the packed sequences; the padding is one more sequence."""
-    longest = int(batch.cu_seqlens.diff().max())
-    # transformer-engine's kernels read the boundaries on the device, torch's attention as numbers.
-    cu_seqlens = batch.cu_seqlens.to(batch.tokens.device) if has_transformer_engine() else batch.cu_seqlens
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def unembedding_weight(model: HiddenStateModel) -> Tensor:
@@ -112,11 +98,15 @@ def run_schedule(
 
     def forward_step(data: Iterator[MicroBatch], view: HiddenStateModel) -> tuple[Any, Callable[..., Any] | None]:
         batch = next(data)
+        # transformer-engine's rope and attention are kernels; megatron-core's own rope takes the lengths as numbers.
+        sequences = PackedSequences.of(
+            batch.cu_seqlens, batch.tokens.device, read_on_device=view.config.apply_rope_fusion
+        )
         hidden = view(
             input_ids=batch.tokens[None],
             position_ids=None,  # rope counts from 0 in every packed sequence
             attention_mask=None,
-            packed_seq_params=packed_sequences(batch),
+            packed_seq_params=sequences,
         )
         return last_stage(view, hidden, batch) if view.post_process else (hidden, None)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_bupo.model.kernels import kernels_line, library_of
-from megatron_bupo.ops.attention import PackedSdpaAttention
+from megatron_bupo.ops.attention import PackedAttention
 from megatron_bupo.ops.lean_layers import SwiGLU
 
 TORCH = f"torch {torch.__version__}"
@@ -23,7 +23,7 @@ def test_a_wrapper_of_another_package_is_named_after_what_it_wraps(monkeypatch: 
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
     theirs = kind("transformer_engine.pytorch.attention")
     assert library_of(kind("megatron.core.extensions.transformer_engine", theirs)) == "transformer-engine 2.11.0"
-    for ours in (PackedSdpaAttention, SwiGLU, torch.optim.AdamW, kind("megatron.core.optimizer")):
+    for ours in (PackedAttention, SwiGLU, torch.optim.AdamW, kind("megatron.core.optimizer")):
         assert library_of(ours) == TORCH
 
 
