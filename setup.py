@@ -13,7 +13,7 @@ assert VERSION is not None
 # megatron-core runs without it; whoever wants its fused optimizer builds it from NVIDIA's repository.
 REQUIREMENTS = [
     "torch>=2.11,<2.14",
-    # Its internals are touched in few places (parallel/cpu.py, model/truncated.py), each tried with this series only.
+    # Its internals are touched in few places (parallel/cpu.py, model/views.py), each tried with this series only.
     "megatron-core>=0.16.1,<0.17",
     "transformers>=5.17,<6",
     "datasets>=4.0",

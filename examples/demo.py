@@ -54,7 +54,7 @@ def accuracy(model: Path, records: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="made anew")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="replaced if it exists")
     args, extra = parser.parse_known_args()  # what is left goes to train: --train-iters 5, for example
     output: Path = args.output.absolute()
     started = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import inspect
 import symtable
 import sys
 from collections.abc import Callable, Sequence
@@ -55,11 +56,15 @@ class UserFunction(NamedTuple):
         """Run the file, once in this process, and return its function. The folder of the file is importable for it.
 
         Raises:
-            UsageError: running the file fails, or the name is no function.
+            UsageError: running the file fails, or the name is no function of one argument.
         """
         loaded = getattr(_module(self.path), self.name, None)
         if not callable(loaded):
             raise UsageError(f"{self.name} in {self.path} is not a function")
+        try:
+            inspect.signature(loaded).bind(None)
+        except TypeError as error:
+            raise UsageError(f"{self.name} in {self.path} must take one argument ({error})") from error
         return loaded  # type: ignore[no-any-return]
 
     def fingerprint(self) -> str:

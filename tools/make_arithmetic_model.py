@@ -60,7 +60,7 @@ Sum = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the start is made; a folder made by another recipe is made anew.
+    """How the start is made; a folder made by another recipe is replaced.
 
     `wrong_share` of the answers in the noisy part have a wrong last digit. Learning rate: linear warm-up, then a
     cosine down to 2 %.
@@ -265,7 +265,7 @@ class StartConfig(Group):
 
     output: str = flag("written: model, tokenizer, prompts", metavar="DIR")
     seed: int = flag("of the weights, the sums and their order", 0, low=0)
-    force: bool = flag("make it anew though it is there", False)
+    force: bool = flag("replace an existing folder", False)
 
     def check(self) -> None:
         super().check()

@@ -143,7 +143,7 @@ def read_flow(path: str | Path) -> EntropyFlow:
         flow = EntropyFlow(**content, heatmap=None if heatmap is None else Heatmap(**heatmap))
         _check(flow)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: no whole entropy flow ({error}); measure again") from error
+        raise UsageError(f"{path}: the entropy flow is incomplete ({error}); measure again") from error
     return flow
 
 

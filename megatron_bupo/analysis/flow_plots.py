@@ -100,7 +100,7 @@ def _entropy_flow(flows: Mapping[str, EntropyFlow]) -> Figure:
         axes.axhline(final, color="black", linewidth=1.0, linestyle="--", label="full policy")
         axes.axhline(math.log(flow.vocab_size), color="black", linewidth=1.0, linestyle=":", label="uniform, log V")
         axes.set_ylim(bottom=0.0)
-        axes.set_xlabel("layer (its attention and FFN stand before it)", fontsize=MEDIUM)
+        axes.set_xlabel("layer (attention and FFN of a layer are left of it)", fontsize=MEDIUM)
     return _finish(figure, columns)
 
 

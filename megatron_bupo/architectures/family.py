@@ -34,6 +34,7 @@ class Family:
         defaults: what transformers takes for a key that config.json lacks (its config class's values).
         rope_theta: the default of that.
         refused: keys of config.json that must not be true: the table has no place for their tensors.
+        has_windows: transformers reads the keys for sliding windows, which are refused.
         qkv_bias: q, k and v have biases.
         qk_norm: queries and keys go through RMSNorm over head_dim.
     """
@@ -45,6 +46,7 @@ class Family:
     defaults: dict[str, Any] = field(hash=False)
     rope_theta: float = 10000.0
     refused: tuple[str, ...] = ("attention_bias", "mlp_bias")
+    has_windows: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
 
@@ -62,7 +64,8 @@ class Family:
         given, config = config.data, config.with_defaults(self.defaults)
         if config.data.get("quantization_config") is not None:
             config.fail("quantization_config is set; give an unquantized checkpoint (fp32, bf16 or fp16)")
-        config.refuse_windows()
+        if self.has_windows:
+            config.refuse_windows()
         config.refuse_true(*self.refused)
         if config.data["hidden_act"] != "silu":
             config.fail(f"hidden_act is {config.data['hidden_act']!r}; only 'silu' is supported")

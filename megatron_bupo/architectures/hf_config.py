@@ -30,7 +30,7 @@ class HFConfig:
     def read(cls, folder: Path) -> HFConfig:
         path = folder / "config.json"
         if not folder.is_dir():
-            raise UsageError(f"{folder} is no folder; give a local HuggingFace folder (config.json, safetensors)")
+            raise UsageError(f"{folder} is not a folder; give a local HuggingFace folder (config.json, safetensors)")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:

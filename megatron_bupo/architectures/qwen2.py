@@ -30,5 +30,6 @@ FAMILY = Family(
     },
     # Not attention_bias: transformers' Qwen2 does not read it, q, k and v have a bias whatever it says.
     refused=("mlp_bias",),
+    has_windows=True,
     qkv_bias=True,
 )

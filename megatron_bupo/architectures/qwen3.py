@@ -17,5 +17,6 @@ FAMILY = Family(
         in_layer("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Replicated("head_dim")),
     ),
     defaults={**qwen2.FAMILY.defaults, "head_dim": 128},
+    has_windows=True,
     qk_norm=True,
 )

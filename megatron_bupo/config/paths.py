@@ -52,7 +52,9 @@ def _try_writing(name: str, path: str, folder: Path) -> None:
     """
     nearest, target = folder, Path(path).absolute()
     try:
-        _is_there(target.parent / f".{target.name}.{os.getpid()}.partial")  # what is written takes its name at the end
+        _is_there(
+            target.parent / f".{target.name}.{os.getpid()}.partial"
+        )  # what is written there is renamed at the end
         while not _is_there(nearest):
             nearest = nearest.parent
         if not nearest.is_dir():

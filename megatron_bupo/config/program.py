@@ -17,11 +17,11 @@ from megatron_bupo.flags import Group
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 # torchrun ends every process as soon as one has ended: the others wait this long for the first one's line.
-FIRST_RANK_SPEAKS_S = 20.0
+FIRST_RANK_REPORT_S = 20.0
 _GroupT = TypeVar("_GroupT", bound=Group)
 
 
-def _leave_out_the_search() -> None:
+def _skip_garbage_collection_at_exit() -> None:
     """When Python ends it looks for cycles among all objects, of which torch and transformers make a million: seconds
     of work for memory that goes back to the system anyway. Frozen objects are left out.
 
@@ -31,7 +31,7 @@ def _leave_out_the_search() -> None:
         gc.freeze()
 
 
-atexit.register(_leave_out_the_search)
+atexit.register(_skip_garbage_collection_at_exit)
 
 
 def exit_code(prog: str, work: Callable[[], int | None]) -> int:
@@ -57,5 +57,5 @@ def _report(prog: str, error: UsageError) -> None:
     if launch.rank() > 0:
         # What torchrun sends when the first rank has ended: this one found the same, and ends the same.
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(USAGE_ERROR))
-        time.sleep(FIRST_RANK_SPEAKS_S)
+        time.sleep(FIRST_RANK_REPORT_S)
     print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)

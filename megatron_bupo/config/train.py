@@ -189,7 +189,9 @@ class BatchConfig(Group):
     """batches"""
 
     global_batch_size: int | None = flag("responses per optimizer step (default: the whole step)", None, low=1)
-    max_tokens_per_micro_batch: int = flag("tokens that responses are packed to; a longer one is alone", 16384, low=1)
+    max_tokens_per_micro_batch: int = flag(
+        "tokens of a micro-batch; a longer response gets one of its own", 16384, low=1
+    )
 
 
 @dataclass(frozen=True)

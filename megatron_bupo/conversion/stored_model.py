@@ -256,4 +256,4 @@ class StoredModel:
                 raise UsageError(f"{key} in {self.folder} is {list(found)}; its config.json asks for {list(wanted)}")
         for key in self._described:
             if key.startswith(_MODEL_KEYS) and key not in expected:
-                raise UsageError(f"{key} in {self.folder} is no part of a {self.table.arch.family} model")
+                raise UsageError(f"{key} in {self.folder} does not belong to a {self.table.arch.family} model")

@@ -1,4 +1,4 @@
-"""THE entry: (model, batch, specs) -> log-probs and entropy of the responses under any policy of the model.
+"""Log-probs and entropy of the responses under any policy of the model: `run_policy` is the one way to them.
 
 Old, reference and current log-probs, the loss, `score` and the analysis all come here. Under pipeline parallelism the
 functions run inside megatron-core's schedule: every stage returns its hidden state, the last one unembeds.

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_bupo.errors import UsageError
 from megatron_bupo.ops.tiles import Tiles, add_product
 from megatron_bupo.ops.torch_passes import move_top
 
@@ -68,12 +67,8 @@ def logprob_and_entropy(
     The gradient of `hidden` is THIS RANK'S PARTIAL one: the caller sums it over the group, in exactly one place (the
     region function through which `hidden` came). The gradient of `weight` is complete for its rows. Softmax and both
     accumulations are in fp32 whatever the inputs' dtype; gradients are cast to it at the end.
-
-    Raises:
-        UsageError: temperature is not a positive number.
     """
-    if not 0.0 < temperature < math.inf:
-        raise UsageError(f"temperature {temperature} is not a positive number; give one above 0, for example 1.0")
+    assert 0.0 < temperature < math.inf, temperature
     ranks = 1 if group is None else group.size()
     assert hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)

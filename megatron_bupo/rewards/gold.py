@@ -19,7 +19,7 @@ def gold_text(answer: str) -> str:
     r"""The part of `answer` that a response is compared with.
 
     In this order, and again until nothing changes: what follows the last `####`; the content of a \boxed{}, whatever
-    stands around it (where there are several, each gives way to its content); what is inside `$...$`, `$$...$$`,
+    stands around it (where there are several, each is replaced by its content); what is inside `$...$`, `$$...$$`,
     `\(...\)` or `\[...\]` around the whole; no white space around it. All else stays as it is.
 
     >>> [gold_text(text) for text in (r"$\boxed{8}$", "$x$", r"\[ \frac12 \]", "5 + 3 = 8 #### 8", "$1$, $2$")]

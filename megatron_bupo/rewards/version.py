@@ -10,10 +10,15 @@ from megatron_bupo.rewards.runner import MATH
 from megatron_bupo.user_code import UserFunction
 
 
+def reward_fingerprint(reward: str) -> str:
+    """What --reward says, to tell whether it is the same in another start: a function with the hash of its file."""
+    return reward if reward == MATH else UserFunction.parse("--reward", reward, "record", (MATH,)).fingerprint()
+
+
 def grader_name(reward: str) -> str:
     """The libraries' versions with a hash of the rules here for `math`; name and hash of a file of the user's."""
     if reward != MATH:
-        return UserFunction.parse("--reward", reward, "record", (MATH,)).fingerprint()
+        return reward_fingerprint(reward)
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in [folder / "gold.py", folder / "math.py", *sorted((folder / "answers").glob("*.py"))]:

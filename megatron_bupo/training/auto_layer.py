@@ -60,7 +60,7 @@ def choose_layer(
     """The flow of the starting model on the first step's rollouts, the same on every rank. Collective.
 
     Raises:
-        UsageError: no layer suggests itself.
+        UsageError: the flow suggests no layer.
     """
     from megatron_bupo.model.parallel_model import ParallelModel
     from megatron_bupo.model.scoring import ModelForEngine

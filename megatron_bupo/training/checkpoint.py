@@ -54,7 +54,7 @@ def save_checkpoint(actor: Actor, save: Path, run_state: RunState, source: Path,
             if not (save / HF / "config.json").is_file():
                 with new_folder(save / HF) as hf_side:
                     write_hf_side(source, hf_side, table_for(actor.arch))
-            stack.close()  # the folder takes its name
+            stack.close()  # the folder is renamed to its final name
             with new_file(save / TRACKER) as beside:
                 beside.write_text(f"{step}\n", encoding="utf-8")
             _remove_old(save, keep)

@@ -12,6 +12,7 @@ from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
 from megatron_bupo.errors import UsageError
+from megatron_bupo.rewards.version import reward_fingerprint
 from megatron_bupo.rl.builtin import estimator_fingerprint, load_estimator, load_loss, loss_fingerprint
 from megatron_bupo.rl.schedule import PolicySchedule
 from megatron_bupo.rollout.prompting import Prompting
@@ -116,6 +117,7 @@ def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet 
         phases=schedule.names(),
         loss=loss_fingerprint(config.algorithm.loss),
         advantage_estimator=estimator_fingerprint(config.algorithm.advantage_estimator),
+        reward=reward_fingerprint(config.data.reward) if prompts is not None else None,
     )
 
 

@@ -28,7 +28,7 @@ def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None
     """Choose the layer if it is open, build the model, take the steps that are left, export. Collective.
 
     Raises:
-        UsageError: no layer suggests itself; a reward, loss or estimator that returns something else than it must.
+        UsageError: the flow suggests no layer; a reward, loss or estimator that returns something else than it must.
     """
     if run.layer_is_open:
         source = kept = FirstStepKept(source)

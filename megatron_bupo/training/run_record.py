@@ -23,10 +23,10 @@ _LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify
 _UNNAMED_GROUPS = {"parallel", "sglang", "run"}
 _UNNAMED = {
     "hf_model", "bf16", "train_iters", "internal_layer", "internal_steps", "internal_module", "policy_schedule",
-    "internal_policy_norm", "loss", "advantage_estimator", "prompt_data", "rollout_batch_size", "n_samples_per_prompt",
-    "save_rollouts", "load_rollouts", "reward_workers", "rollout_micro_batch_size", "max_tokens_per_micro_batch",
-    "use_distributed_optimizer", "norms_interval", "entropy_flow_interval", "entropy_flow_responses",
-    "logprob_diff_alarm",
+    "internal_policy_norm", "loss", "advantage_estimator", "reward", "prompt_data", "rollout_batch_size",
+    "n_samples_per_prompt", "save_rollouts", "load_rollouts", "reward_workers", "rollout_micro_batch_size",
+    "max_tokens_per_micro_batch", "use_distributed_optimizer", "norms_interval", "entropy_flow_interval",
+    "entropy_flow_responses", "logprob_diff_alarm",
 }  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def describe_run(
         "data": identity.data or list(identity.replay),
         "loss": identity.loss,
         "advantage_estimator": identity.advantage_estimator,
+        "reward": identity.reward,
         "changes": list(changes),
         **({"internal_layer": chosen_layer} if chosen_layer is not None else {}),
     }

@@ -18,7 +18,8 @@ RUN_STATE = "run_state.json"
 SCHEMA = 1
 ITERATION = re.compile(r"iter_(\d{7,})")
 _COMPARED = (
-    "model", "dtype", "data", "seed", "rollout_batch_size", "n_samples_per_prompt", "loss", "advantage_estimator"
+    "model", "dtype", "data", "seed", "rollout_batch_size", "n_samples_per_prompt", "loss",
+    "advantage_estimator", "reward",
 )  # fmt: skip
 
 
@@ -27,8 +28,9 @@ class RunIdentity:
     """What must be the same when a run goes on.
 
     `model` and `data` are hashes, `replay` one hash for each step's file instead of `data`, `phases` the policy of each
-    step. Steps beyond the shorter of two runs may be added. `loss` and `advantage_estimator` are built-in names, or the
-    user's function with a hash of its file; None in a run from before they were noted.
+    step. Steps beyond the shorter of two runs may be added. `loss`, `advantage_estimator` and `reward` are built-in
+    names, or the user's function with a hash of its file; None in a run from before they were noted, and a replay has
+    no reward.
     """
 
     model: str
@@ -41,6 +43,7 @@ class RunIdentity:
     phases: tuple[str, ...]
     loss: str | None = None
     advantage_estimator: str | None = None
+    reward: str | None = None
 
     def differences(self, saved: RunIdentity, step: int) -> list[str]:
         """What changed since `saved`, which took `step` steps, in words."""

@@ -1,4 +1,4 @@
-"""Large files written at the pace of the disk, and tensors that are saved without what lies beside them."""
+"""Large files that are synced while they are written; tensors saved without the rest of their storage."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def read_metadata(folder: Path) -> Metadata:
         UsageError: no such folder, another format, an incomplete one, or a file that is missing or cut off.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder; give a distributed checkpoint")
+        raise UsageError(f"{folder} is not a folder; give a distributed checkpoint")
     for name in (FORMAT_FILE, METADATA_FILE):
         if not (folder / name).is_file():
             raise UsageError(f"{folder} has no {name}; it is incomplete, or no distributed checkpoint of megatron-core")

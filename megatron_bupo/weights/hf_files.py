@@ -152,7 +152,7 @@ class HFWeights:
             if name == HF_UNEMBEDDING and table.arch.tied:
                 self._check_tied(table.arch.vocab_size)
                 continue
-            raise UsageError(f"{name} in {self.path(name)} is no part of a {table.arch.family} model; it would be lost")
+            raise UsageError(f"{name} in {self.path(name)} does not belong to a {table.arch.family} model")
 
     def _check_tied(self, vocab_size: int) -> None:
         head, embedding = HF_UNEMBEDDING, HF_EMBEDDING

@@ -137,7 +137,7 @@ class ShardFiles:
         return copied + file.write_at(numbers.data, start)
 
     def close(self) -> None:
-        """Everything reaches the disk before the folder takes its name."""
+        """Everything reaches the disk before the folder is renamed to its final name."""
         for file in self._files:
             file.close()
         self._files.clear()

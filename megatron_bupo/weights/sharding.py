@@ -6,7 +6,7 @@ model, in every pipeline stage and virtual stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,29 +41,25 @@ def load_hf(
     weights: HFWeights,
     arch: Architecture,
     shard: Shard = WHOLE,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill this rank's parameters from the files, reading only its slices, cast to each parameter's dtype.
 
-    No communication. `progress(done, total)` is called after every parameter.
+    No communication. The folder has been checked against the table (`HFWeights.check`).
 
     Raises:
-        UsageError: what `HFWeights.check` refuses; NaN or infinite values in a slice of this rank (other ranks may
-            not see them: agree on the outcome before the next collective).
+        UsageError: NaN or infinite values in a slice of this rank (other ranks may not see them: agree on the outcome
+            before the next collective).
     """
     table = table_for(arch)
-    weights.check(table)
     params = dict(named_params)
     _assert_whole_layers(table, params)
-    for done, (name, parameter) in enumerate(params.items(), start=1):
+    for name, parameter in params.items():
         mapping, layer = table.lookup(name)
         slices = [weights.slice(hf_name) for hf_name in mapping.hf_names(layer)]
         ours = mapping.layout.shard(slices, arch, shard)
         assert ours.shape == parameter.shape, f"{name}: {list(ours.shape)} for {list(parameter.shape)}"
         with torch.no_grad():
             parameter.copy_(ours)
-        if progress is not None:
-            progress(done, len(params))
 
 
 def hf_tensors(

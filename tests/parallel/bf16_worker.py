@@ -69,7 +69,7 @@ class Masters:
         self.adamw.step()
 
     def movement(self, before: dict[str, Tensor]) -> dict[str, float]:
-        """interface.md's master_drift and update_norm, over the shards of all ranks."""
+        """master_drift and update_norm as docs/training.md has them, over the shards of all ranks."""
         values = self.values()
         pairs = {name: (value, value.bfloat16().float()) for name, value in values.items()}
         hidden, moved = _squares(pairs), _squares({name: (v, self.start[name]) for name, v in values.items()})

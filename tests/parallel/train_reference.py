@@ -1,6 +1,6 @@
 """BuPO on one mini-batch after the other with HuggingFace and torch's AdamW in fp32: plain, dense, one process.
 
-Written from the paper and interface.md alone; nothing of megatron_bupo's arithmetic is used.
+Written from the paper and docs/training.md alone; nothing of megatron_bupo's arithmetic is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The declarations: names and defaults of interface.md, ranges, and combinations that cannot be."""
+"""The declarations: published names and defaults, ranges, and combinations that cannot be."""
 
 import dataclasses
 import math

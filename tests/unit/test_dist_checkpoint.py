@@ -234,7 +234,7 @@ def test_broken_checkpoints_are_refused_with_one_line(tmp_path: Path) -> None:
         lambda: change_metadata(folder, lambda held: held.pop("output_layer.weight")),
     )
     refused(
-        "decoder.extra in .* is no part of a qwen3",
+        "decoder.extra in .* does not belong to a qwen3",
         lambda: change_metadata(folder, lambda held: held.update({"decoder.extra": held[EMBEDDING]})),
     )
     refused("incomplete", lambda: change_metadata(folder, lambda held: held[EMBEDDING].chunks.clear()))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_the_reward(tmp_path: Path) -> None:
 
 
 def test_the_engine(tmp_path: Path) -> None:
-    engine = load("mine_engine.py", "ConstantEngine", tmp_path)([5, 2], -0.5)
+    engine = runpy.run_path(str(write_block(PAGE, "mine_engine.py", tmp_path)))["ConstantEngine"]([5, 2], -0.5)
 
     class Model:
         def hf_tensors(self) -> Any:

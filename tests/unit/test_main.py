@@ -34,6 +34,6 @@ def test_only_rank_0_prints_while_it_lives(monkeypatch: pytest.MonkeyPatch, caps
         monkeypatch.setattr(program.time, "sleep", slept.append)
         assert main(["train", "--lr", "x"]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
-        assert slept == [program.FIRST_RANK_SPEAKS_S]
+        assert slept == [program.FIRST_RANK_REPORT_S]
     finally:
         signal.signal(signal.SIGTERM, before)

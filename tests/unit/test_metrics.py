@@ -134,7 +134,7 @@ def test_a_step_on_the_console() -> None:
     )
 
 
-# --- tracking.py
+# --- tracker.py
 
 
 def test_a_run_leaves_lines_and_the_same_numbers_in_tensorboard(tmp_path: Path) -> None:

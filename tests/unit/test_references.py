@@ -31,6 +31,16 @@ TEXTS = [
 ]
 PATH = re.compile(rf"\b(?:{'|'.join(FOLDERS)})/[\w/.-]+\.(?:py|md|sh|sbatch|yaml)\b")
 NAME = re.compile(r"`([\w/]+\.(?:py|sh|sbatch))`")
+# As comments inside the package name its files.
+SHORT_PATH = re.compile(
+    r"(?<![\w/.])(?:{})/[\w/]+\.py\b".format(
+        "|".join(
+            path.name
+            for path in sorted((ROOT / "megatron_bupo").iterdir())
+            if path.is_dir() and path.name != "__pycache__"
+        )
+    )
+)
 MODULE = re.compile(r"\bmegatron_bupo(?:\.[a-z][a-z_0-9]*)+")
 
 
@@ -38,6 +48,9 @@ def missing(text: str, in_a_page: bool) -> Iterator[str]:
     """Names in a text that are not there; in a page also bare names of files between backticks."""
     for match in PATH.finditer(text):
         if not (ROOT / match[0]).exists():
+            yield match[0]
+    for match in SHORT_PATH.finditer(text):
+        if not (ROOT / "megatron_bupo" / match[0]).exists():
             yield match[0]
     if in_a_page:
         names = (match[1] for match in NAME.finditer(text))
@@ -60,9 +73,10 @@ def test_what_is_named_is_there(path: Path) -> None:
 
 
 def test_old_names_are_found() -> None:
-    text = "see megatron_bupo/training/no_such.py, megatron_bupo.weights.no_such and `no_such.py`"
+    text = "see megatron_bupo/training/no_such.py, model/light.py, megatron_bupo.weights.no_such and `no_such.py`"
     assert list(missing(text, in_a_page=True)) == [
         "megatron_bupo/training/no_such.py",
+        "model/light.py",
         "no_such.py",
         "megatron_bupo.weights.no_such",
     ]

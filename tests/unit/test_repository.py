@@ -28,7 +28,7 @@ def long_functions(tree: ast.Module) -> list[str]:
 
 
 def swallowed(tree: ast.Module) -> list[str]:
-    """Handlers that catch everything by name of nothing, or that do nothing with what they caught."""
+    """Handlers without an exception type, or those that do nothing with what they caught."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):

@@ -24,7 +24,7 @@ from megatron_bupo.training.run_state import (
 )
 from megatron_bupo.training.watch import PhaseNumbers, PhaseWatch
 
-IDENTITY = RunIdentity("m", "fp32", "d", (), 1, 4, 2, ("layer:2", "layer:2", "full"), "ppo-clip", "grpo")
+IDENTITY = RunIdentity("m", "fp32", "d", (), 1, 4, 2, ("layer:2", "layer:2", "full"), "ppo-clip", "grpo", "math")
 REPLAY = replace(IDENTITY, data="", replay=("a", "b", "c"))
 
 
@@ -66,6 +66,7 @@ def test_one_command_line_starts_and_restarts(tmp_path: Path) -> None:
         ({"seed": 2}, "seed: 1 then, 2 now"),
         ({"loss": "a.py:f (sha256 1)"}, "loss: ppo-clip then, a.py:f (sha256 1) now"),
         ({"advantage_estimator": "rloo"}, "advantage_estimator: grpo then, rloo now"),
+        ({"reward": "mine.py:f (sha256 1)"}, "reward: math then, mine.py:f (sha256 1) now"),
         ({"rollout_batch_size": 8}, "rollout_batch_size: 4 then, 8 now"),
         ({"phases": ("layer:2", "layer:2", "layer:2")}, "policy of step 3: full then, layer:2 now"),
         ({"phases": ("layer:2",)}, "steps: 2 taken, 1 wanted"),

@@ -196,7 +196,7 @@ def test_a_port_of_another_process_is_not_used(start: Start, stub: str, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sglang_host": "0.0.0.0"}, "--sglang-host 0.0.0.0: whoever reaches it"),
+        ({"sglang_host": "0.0.0.0"}, "--sglang-host 0.0.0.0: anyone on this network"),
         ({"sglang_args": "--port 3"}, "--sglang-args --port: the run gives --port itself"),
         ({"sglang_args": "--dp-size 2"}, "runs with --dp-size 2, with which its weights cannot be updated"),
         ({"sglang_python": "/bin/false"}, "--sglang-python /bin/false: does not run"),
@@ -229,7 +229,9 @@ def test_a_router_stands_before_its_workers(start: Start) -> None:
     (endpoint,) = start(sglang_launch=False, sglang_url=[router + "/"]).endpoints
     assert endpoint.client.url == router
     assert [(worker.client.url, worker.process) for worker in endpoint.workers] == [(url, None) for url in urls]
-    with pytest.raises(UsageError, match=f"--sglang-url: {urls[1]} is given twice, or stands behind a router"):
+    with pytest.raises(
+        UsageError, match=f"--sglang-url: {urls[1]} is given twice, or is also a worker of a given router"
+    ):
         start(sglang_launch=False, sglang_url=[router, urls[1]])
 
 

@@ -177,9 +177,7 @@ def test_load_and_stream_back(tmp_path: Path, family: str, tied: bool) -> None:
     params = empty_params(arch, 1, torch.float32)
     if tied:
         params["output_layer.weight"] = nn.Parameter(torch.empty(101, 16))  # as on a last pipeline stage
-    seen = []
-    load_hf(params.items(), HFWeights(tmp_path), arch, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(params), len(params)) and len(seen) == len(params)
+    load_hf(params.items(), HFWeights(tmp_path), arch)
     if tied:
         assert torch.equal(params["output_layer.weight"], model.model.embed_tokens.weight)
     streamed = dict(hf_tensors(params.items(), arch))

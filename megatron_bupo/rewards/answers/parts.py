@@ -22,7 +22,6 @@ LIST, SET, TUPLE, INTERVAL, UNION, MATRIX, RELATION, LEAF = (
     "relation",
     "leaf",
 )
-_BRACKETS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", "|": "|", "{": "}"}
 _OPERATORS = {
     "=": "=",
     "<": "<",

@@ -25,7 +25,7 @@ class Flags(Group):
 
     clip_ratio_low: float = flag("ratios are clipped below 1 minus this", 0.2, low=0, below=1)
     clip_ratio_high: float = flag("ratios are clipped above 1 plus this", 0.2, low=0)
-    dual_clip: float = flag("bound of the ratio at negative advantages, above 1; 0 = off", 10.0, low=0)
+    dual_clip: float = flag("largest ratio for negative advantages, above 1; 0 = off", 10.0, low=0)
 
     def check(self) -> None:
         super().check()

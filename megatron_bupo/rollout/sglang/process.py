@@ -147,7 +147,7 @@ def check_launch(config: SGLangConfig, api_key: str | None) -> None:
         raise UsageError("--sglang-launch: needs Linux; start the servers yourself and give --sglang-url")
     if not (host in ("localhost", "::1") or host.startswith("127.")) and api_key is None:
         raise UsageError(
-            f"--sglang-host {host}: whoever reaches it could use the servers; set a key in {API_KEY_VARIABLE}, or "
+            f"--sglang-host {host}: anyone on this network could use the servers; set a key in {API_KEY_VARIABLE}, or "
             "leave 127.0.0.1"
         )
     flags = _more_flags(config)
@@ -199,7 +199,10 @@ def check_server_args(arguments: Sequence[str], has_key: bool) -> None:
         name = argument.partition("=")[0]
         taken = [flag for flag in owned if len(name) > 2 and flag.startswith(name)]
         if taken == ["--config"]:
-            raise UsageError(f"--sglang-args {argument}: goes not with {API_KEY_VARIABLE}; write its flags out")
+            raise UsageError(
+                f"--sglang-args {argument}: cannot be combined with {API_KEY_VARIABLE}; give the flags of that file "
+                "one by one"
+            )
         if taken:
             raise UsageError(
                 f"--sglang-args {argument}: the run gives {taken[0]} itself (from --hf-model, --seed, --sglang-host, "

@@ -177,7 +177,7 @@ class Recovery:
         except ServerError:
             return False
         if worker.version is not None and held != worker.version:
-            worker.checked = False  # somebody has restarted it
+            worker.checked = False  # another process may have restarted it
         return True
 
     def _recover(self, worker: Worker, why: str) -> None:
@@ -202,7 +202,7 @@ def in_thread(function: Callable[..., _Result], *args: Any) -> Future[_Result]:
     def run() -> None:
         try:
             result = function(*args)
-        except BaseException as error:  # whoever waits for the future is told
+        except BaseException as error:  # it is set on the future, which another thread waits for
             future.set_exception(error)
         else:
             future.set_result(result)
@@ -229,7 +229,7 @@ def _probe(worker: Worker, timeout_s: float) -> object:
 
 
 def _try_several(ask: Callable[[Callable[[], float]], _Result], timeout_s: float) -> _Result:
-    """The result of `ask`, called with what says how many seconds are left. Raises the last ServerError."""
+    """The result of `ask`, which is given a function that returns the seconds left. Raises the last ServerError."""
     deadline = time.monotonic() + timeout_s
     refused = 0
     while True:

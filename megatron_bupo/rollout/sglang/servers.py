@@ -234,7 +234,7 @@ def _check_distinct(urls: Sequence[str]) -> None:
     for (first, at_first), (second, at_second) in combinations([(url, _addresses(url)) for url in urls], 2):
         if at_first & at_second:
             names = " = ".join(dict.fromkeys([first, second]))
-            raise UsageError(f"--sglang-url: {names} is given twice, or stands behind a router that is given too")
+            raise UsageError(f"--sglang-url: {names} is given twice, or is also a worker of a given router")
 
 
 def _addresses(url: str) -> set[tuple[str, int]]:

@@ -99,7 +99,7 @@ BROKEN_CONFIGS: dict[str, tuple[Callable[[Path], object], str]] = {
         "use_sliding_window is true",
     ),
     "layers as text": (lambda m: edit_config(m, num_hidden_layers="4"), "num_hidden_layers is '4'"),
-    "fewer layers": (lambda m: edit_config(m, num_hidden_layers=3), "is no part of a qwen3 model"),
+    "fewer layers": (lambda m: edit_config(m, num_hidden_layers=3), "does not belong to a qwen3 model"),
 }
 
 

@@ -115,7 +115,7 @@ def has_known_checksums(worker: Worker) -> bool:
 def _difference(wanted: dict[str, str], held: dict[str, str], by_value: bool) -> str | None:
     """What is wrong with a server's tensors; None if nothing is."""
     if missing := [name for name in wanted if name not in held]:
-        return f"it has no {_listed(missing)}; the trainer's tensors of that name went nowhere"
+        return f"it has no {_listed(missing)}, which the trainer sent"
     if unknown := [name for name in held if name not in wanted]:
         return f"it has {_listed(unknown)}, which the trainer never sends"
     if by_value and (other := [name for name in wanted if held[name] != wanted[name]]):
