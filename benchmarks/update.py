@@ -1,11 +1,12 @@
-"""One update of phase 1 and of phase 2, beside a plain HuggingFace implementation of the published method.
+"""The updates on one rollout batch in phase 1 and 2, beside a plain HuggingFace implementation of the published method.
 
     python benchmarks/update.py --hf-model models/SmolLM2-135M-Instruct
 
-An update is: old log-probs, forward, backward, AdamW step, in fp32. The published method runs the whole model in both
-phases, unembeds the internal and the final hidden state at every position and takes log-softmax of both. Each
-implementation lives in a process of its own, which gives each its own peak memory; they take turns, one update at a
-time, so that whatever else the machine does hits both. Medians over the rounds; peaks are of the resident set, on a GPU
+A rollout batch takes one optimizer step or several (--updates), each on its share of the responses: old log-probs,
+forward, backward, AdamW step, in fp32. The published method runs the whole model in both phases, unembeds the internal
+and the final hidden state at every position and takes log-softmax of both. Each implementation lives in a process of
+its own, which gives each its own peak memory; they take turns, one rollout batch at a time, so that whatever else the
+machine does hits both. Medians over the rounds; peaks are of the resident set, on a GPU
 of the memory that torch allocated there. Another dtype with --bf16; without a folder, random weights of a known shape:
 
     python benchmarks/update.py --shape qwen3-0.6b --bf16 --responses 8 --length 2048 --response-length 1792
@@ -14,6 +15,7 @@ of the memory that torch allocated there. Another dtype with --bf16; without a f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,7 +33,8 @@ import torch
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import Rollout
 
-Update = Callable[[PolicySpec], float]
+# Takes a policy and the number of optimizer steps; returns the gradient norm of the first one.
+Update = Callable[[PolicySpec, int], float]
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "vocab_size": 151936,
@@ -70,7 +73,7 @@ def ours(args: argparse.Namespace) -> Update:
     """One process of megatron_bupo, its defaults."""
     from megatron_bupo.architectures.families import read_architecture
     from megatron_bupo.config.train import AlgorithmConfig, OptimizerConfig, ParallelConfig
-    from megatron_bupo.data.packing import pack_for
+    from megatron_bupo.data.packing import pack_for, split_mini_batches
     from megatron_bupo.parallel.setup import parallel_state
     from megatron_bupo.rl.advantage import compute_advantages
     from megatron_bupo.rl.builtin import load_estimator
@@ -87,12 +90,18 @@ def ours(args: argparse.Namespace) -> Update:
     values = compute_advantages(load_estimator("grpo"), "grpo", rollouts)
     objective = make_objective(AlgorithmConfig(), args.response_length)
 
-    def update(spec: PolicySpec) -> float:
-        batches = pack_for(state, rollouts, max_tokens=args.responses * args.length)
-        for batch, output in zip(batches, actor.score(batches, [spec], 1.0)[spec], strict=True):
-            chosen = values[batch.responses].to(state.device)[batch.segments]
-            batch.columns.advantages, batch.columns.old_logprobs = chosen, output.logprobs
-        return actor.update(batches, spec, objective, lr=1e-6, temperature=1.0).grad_norm
+    def update(spec: PolicySpec, count: int) -> float:
+        mini_batches = [
+            pack_for(state, part, max_tokens=args.responses * args.length, offset=offset)
+            for offset, part in split_mini_batches(rollouts, args.responses // count)
+        ]
+        for batch in (batch for batches in mini_batches for batch in batches):
+            batch.columns.advantages = values[batch.responses].to(state.device)[batch.segments]
+        for batches in mini_batches[1:]:  # as Trainer does; the first update has its own
+            for batch, output in zip(batches, actor.score(batches, [spec], 1.0)[spec], strict=True):
+                batch.columns.keep_old(output.logprobs, output.entropy)
+        updates = [actor.update(batches, spec, objective, lr=1e-6, temperature=1.0) for batches in mini_batches]
+        return updates[0].grad_norm
 
     return update
 
@@ -112,25 +121,29 @@ def plain_huggingface(args: argparse.Namespace) -> Update:
     ids = torch.tensor([rollout.prompt_tokens + rollout.response_tokens for rollout in rollouts], device=device)
     advantages = torch.tensor([0.7071 if rollout.reward else -0.7071 for rollout in rollouts], device=device)[:, None]
 
-    def logprobs(spec: PolicySpec) -> torch.Tensor:
-        output = model(ids, output_hidden_states=True, use_cache=False)
+    def logprobs(spec: PolicySpec, part: slice) -> torch.Tensor:
+        output = model(ids[part], output_hidden_states=True, use_cache=False)
         internal = model.lm_head(output.hidden_states[args.layer])
         both = {}
         for name, logits in (("full", output.logits), ("internal", internal)):
             logs = torch.log_softmax(logits.float(), dim=-1)
-            both[name] = logs[:, :-1].gather(2, ids[:, 1:, None])[..., 0][:, -args.response_length :]
+            both[name] = logs[:, :-1].gather(2, ids[part, 1:, None])[..., 0][:, -args.response_length :]
         return both["full" if spec.is_full else "internal"]
 
-    def update(spec: PolicySpec) -> float:
+    def update(spec: PolicySpec, count: int) -> float:
+        size = args.responses // count
+        parts = [slice(start, start + size) for start in range(0, args.responses, size)]
         with torch.no_grad():
-            old = logprobs(spec)
-        ratio = (logprobs(spec) - old).exp()
-        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return float(norm)
+            old = [logprobs(spec, part) for part in parts]
+        norms = []
+        for part, old_logprobs in zip(parts, old, strict=True):
+            ratio = (logprobs(spec, part) - old_logprobs).exp()
+            gain = torch.minimum(ratio * advantages[part], ratio.clamp(0.8, 1.2) * advantages[part])
+            optimizer.zero_grad()
+            (-gain.mean()).backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            optimizer.step()
+        return float(norms[0])
 
     return update
 
@@ -139,14 +152,16 @@ IMPLEMENTATIONS = {"megatron_bupo": ours, "huggingface": plain_huggingface}
 
 
 def serve(args: argparse.Namespace) -> None:
-    """In a child: one update per line of stdin, its seconds and peak on stdout."""
+    """In a child: one rollout batch per line of stdin, its seconds and peak on stdout."""
     torch.set_num_threads(args.threads)
     update = IMPLEMENTATIONS[args.serve](args)
     for line in sys.stdin:
-        spec = PolicySpec.parse(line.strip())
+        policy, count = line.split()
         restart_peak()
         started = time.perf_counter()
-        norm = update(spec)  # a number: the device has finished
+        norm = update(PolicySpec.parse(policy), int(count))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         print(json.dumps({"seconds": seconds, "peak_mb": peak_mb(), "grad_norm": norm}), flush=True)
 
@@ -178,9 +193,9 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
     )
 
 
-def ask(child: subprocess.Popen[str], spec: str) -> dict[str, Any]:
+def ask(child: subprocess.Popen[str], spec: str, updates: int) -> dict[str, Any]:
     assert child.stdin is not None and child.stdout is not None
-    child.stdin.write(spec + "\n")
+    child.stdin.write(f"{spec} {updates}\n")
     child.stdin.flush()
     answer: dict[str, Any] = json.loads(child.stdout.readline())
     return answer
@@ -198,12 +213,15 @@ def main() -> None:
     parser.add_argument("--response-length", type=int, default=448)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--phases", type=int, nargs="+", choices=(1, 2), default=[1, 2])
+    parser.add_argument("--updates", type=int, nargs="+", default=[1, 4], help="optimizer steps on a rollout batch")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--serve", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(args)
         return
+    if any(args.responses % (2 * count) for count in args.updates):
+        parser.error(f"--updates {args.updates}: each must divide the {args.responses // 2} groups of two responses")
     name_of_model = args.hf_model or f"random {args.shape}"
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
@@ -218,23 +236,24 @@ def compare(args: argparse.Namespace, name_of_model: str) -> None:
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} thread(s)"
     print(f"{name_of_model}, {'bf16' if args.bf16 else 'fp32'}, {place}")
     print(f"{args.responses} x {args.length} tokens ({args.response_length} response), {args.rounds} rounds")
-    print(f"{'policy':<10}{'implementation':<16}{'seconds':>9}{'peak MB':>10}{'grad norm':>12}")
-    for phase in args.phases:
+    print(f"{'policy':<10}{'updates':<9}{'implementation':<16}{'seconds':>9}{'peak MB':>10}{'grad norm':>12}")
+    for phase, count in itertools.product(args.phases, args.updates):
         spec = f"layer:{args.layer}" if phase == 1 else "full"
         seen: dict[str, list[dict[str, Any]]] = {name: [] for name in children}
         for _ in range(args.rounds + 1):  # the first one warms up
             for name, child in children.items():
-                seen[name].append(ask(child, spec))
+                seen[name].append(ask(child, spec, count))
+        case = f"{spec:<10}{count:<9}"
         medians = {}
         for name, answers in seen.items():
             seconds = statistics.median(answer["seconds"] for answer in answers[1:])
             peak = max(answer["peak_mb"] for answer in answers)
             medians[name] = (seconds, peak)
-            print(f"{spec:<10}{name:<16}{seconds:>9.2f}{peak:>10.0f}{answers[0]['grad_norm']:>12.5f}", flush=True)
+            print(f"{case}{name:<16}{seconds:>9.2f}{peak:>10.0f}{answers[0]['grad_norm']:>12.5f}", flush=True)
         (our_seconds, our_peak), (their_seconds, their_peak) = (medians[name] for name in IMPLEMENTATIONS)
         ratio, share = their_seconds / our_seconds, our_peak / their_peak
         tokens_per_s = args.responses * args.length / our_seconds
-        print(f"{spec:<10}{ratio:.2f}x as fast, {share:.0%} of the peak, {tokens_per_s:.0f} tokens/s", flush=True)
+        print(f"{case}{ratio:.2f}x as fast, {share:.0%} of the peak, {tokens_per_s:.0f} tokens/s", flush=True)
     for child in children.values():
         assert child.stdin is not None
         child.stdin.close()

@@ -113,13 +113,19 @@ class Rollout:
 class TokenColumns:
     """What a loss needs beside the trained policy's outputs: fp32 [R] each, None where it is not known (yet).
 
-    `old_logprobs` and `ref_logprobs` are known on the last pipeline stage only.
+    What is of a policy is known on the last pipeline stage only. The old one is the trained policy at the start of the
+    step; its entropy is a metric.
     """
 
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
+    old_entropy: Tensor | None = None
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
+
+    def keep_old(self, logprobs: Tensor, entropy: Tensor) -> None:
+        """Set what the old policy says; tensors without a graph."""
+        self.old_logprobs, self.old_entropy = logprobs, entropy
 
 
 @dataclass

@@ -132,13 +132,16 @@ class Actor(ParallelModel):
     ) -> UpdateResult:
         """One optimizer step on one mini-batch, of which `batches` are this data-parallel rank's micro-batches.
 
-        Their columns have advantages and old_logprobs (ref_logprobs with a KL term) on the last stage.
+        Their columns have advantages, and on the last stage ref_logprobs with a KL term. Those of a micro-batch that
+        has no old log-probs yet are set here: its weights are still the old ones, and so is its forward.
         """
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def loss_of(batch: MicroBatch, output: PolicyOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            if batch.columns.old_logprobs is None:
+                batch.columns.keep_old(output.logprobs.detach(), output.entropy.detach())
             sums = objective(loss_inputs(batch, output))
             return sums.total, sums.count, sums.metrics
 

@@ -74,12 +74,13 @@ class Trainer:
                 measure_flow(self.actor, batch.rollouts, step, self.config, self.tracker)
         mini_batches = make_mini_batches(batch.rollouts, self.estimator, self.config, self.state)
         with self._timed("old_logprobs"):
-            scored = self._score_old(mini_batches, spec)
+            self._score(mini_batches, spec)
         lr = self._learning_rate(step)
         with self._timed("update"):
             updates = [
                 self.actor.update(batches, spec, self.objective, lr, self.temperature) for batches in mini_batches
             ]
+        old = self._means_of_old(mini_batches)
         with self._timed("norms"):
             movement = self.actor.norms.movement()
         with self._timed("weight_sync"):
@@ -92,9 +93,9 @@ class Trainer:
             "loss": [update.loss for update in updates],
             "grad_norm": [update.grad_norm for update in updates],
             "lr": lr,
-            "entropy": scored["entropy"],
+            "entropy": old["entropy"],
             **watched,
-            **(full_policy_metrics(scored) if spec.is_full else {}),
+            **(full_policy_metrics(old) if spec.is_full else {}),
             **movement,
         }
         reported = loss_metrics(updates)
@@ -102,16 +103,27 @@ class Trainer:
             raise taken_name(self.objective.name, min(taken))
         return metrics | reported
 
-    def _score_old(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> dict[str, float]:
-        """Give every micro-batch its old (and reference) log-probs. Returns the `means` of the old policy."""
-        seen = []
-        for batch, output in self._scored(mini_batches, spec):
-            batch.columns.old_logprobs = output.logprobs
-            seen.append(observe(output.logprobs, output.entropy, batch.mask, batch.columns.rollout_logprobs))
+    def _score(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> None:
+        """Give the micro-batches their old log-probs, and the reference's where the objective needs them.
+
+        Those of the first mini-batch come from its own update: until then no optimizer step is taken, and its forward
+        computes them anyway. Its ratios are exactly 1.
+        """
+        for batch, output in self._scored(mini_batches[1:], spec):
+            batch.columns.keep_old(output.logprobs, output.entropy)
         if self._reference is not None:
             with self.actor.weights_of(self._reference):
                 for batch, output in self._scored(mini_batches, spec):
                     batch.columns.ref_logprobs = output.logprobs
+
+    def _means_of_old(self, mini_batches: list[list[MicroBatch]]) -> dict[str, float]:
+        """The `means` of the policy from the start of the step, on every rank. Collective."""
+        columns = [(batch.mask, batch.columns) for batches in mini_batches for batch in batches]
+        seen = [
+            observe(column.old_logprobs, column.old_entropy, mask, column.rollout_logprobs)
+            for mask, column in columns
+            if column.old_logprobs is not None and column.old_entropy is not None  # the last stage
+        ]
         return means(reduce_everywhere(self.state, seen, MAXIMA))
 
     def _scored(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> Iterator[tuple[MicroBatch, Any]]:

@@ -134,7 +134,8 @@ def train(cases: Path, flags: list[str], state: ParallelState) -> list[str]:
         spec = PolicySpec.parse(policy)
         untouched = set() if spec.is_full else not_trained("layer", 2, everywhere)
         before = masters.values()
-        trainer._score_old(batches, spec)
+        for batch in batches[number % 2]:
+            batch.columns.old_logprobs = None  # of an earlier update
         actor.norms.begin(number)
         actor.update(batches[number % 2], spec, trainer.objective, lr, TEMPERATURE)
         masters.step(lr, untouched)

@@ -1,4 +1,4 @@
-"""Which files of the package run in the steps of a training run: their names, one a line; then a line about scoring.
+"""Which files of the package run in the steps of a training run, one a line; then how often it runs policies.
 
 Arguments: CASES (from the fixture train_cases). What a source does to get its responses, a replay here, is left out.
 """
@@ -33,7 +33,7 @@ class FileTrace:
 
     def __init__(self) -> None:
         self.files: set[Path] = set()
-        self.num_scored = 0  # calls of score_rollouts
+        self.num_scored = self.num_run = 0  # calls of score_rollouts and of run_policy
         self._in_source: FrameType | None = None
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
@@ -43,6 +43,7 @@ class FileTrace:
             return
         path = Path(frame.f_code.co_filename)
         self.num_scored += frame.f_code.co_name == "score_rollouts"
+        self.num_run += frame.f_code.co_name == "run_policy"
         if path.is_relative_to(PACKAGE):
             self.files.add(path.relative_to(PACKAGE))
         elif path == Path(__file__):
@@ -56,15 +57,17 @@ def main() -> None:
     with parallel_state(config.parallel, seed=1) as state:
         trainer = build(config, state)
         trainer.source = EngineLike(config.rollout.load_rollouts)
-        scored = []
+        scored, run = [], []
         for step in range(1, 4):
-            before = trace.num_scored
+            before = trace.num_scored, trace.num_run
             sys.setprofile(trace)
             trainer.step(step)
             sys.setprofile(None)
-            scored.append(trace.num_scored - before)
+            scored.append(trace.num_scored - before[0])
+            run.append(trace.num_run - before[1])
     print("\n".join(sorted(map(str, trace.files))))
     print("the monitor scores", *scored)
+    print("policies are run", *run)
 
 
 if __name__ == "__main__":

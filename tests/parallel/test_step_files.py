@@ -22,7 +22,9 @@ def test_a_step_runs_the_files_that_the_page_names(train_cases: Path) -> None:
     result = run_python("tests/parallel/step_files_worker.py", train_cases)
     assert_passed(result)
     # The first step of a phase scores its sample once, for the metrics and as the probe; later steps score both.
-    assert result.stdout.splitlines()[-1] == "the monitor scores 1 2 0"
-    reached = set(result.stdout.splitlines()[:-1])
+    *reached_files, monitor, run = result.stdout.splitlines()
+    assert monitor == "the monitor scores 1 2 0"
+    assert run == "policies are run 4 5 3", "beside the monitor: two updates, and the old log-probs of the second one"
+    reached = set(reached_files)
     assert spine | counted <= reached, "the page names files that no step needs"
     assert reached <= spine | counted | passed_around, "a step runs files that the page does not name"

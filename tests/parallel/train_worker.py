@@ -155,6 +155,19 @@ def run_case(case: dict[str, Any], cases: Path, variant: str, flags: list[str], 
     return problems
 
 
+def check_single_update(case: dict[str, Any], cases: Path, flags: list[str], state: ParallelState) -> list[str]:
+    """One optimizer step for all 8 responses: nothing is scored before it, and it is its own old policy."""
+    trainer = build(config_for(cases, case["model"], case["schedule"], [*flags, "--global-batch-size", "8"]), state)
+    scored: list[Any] = []
+    trainer.actor.score = lambda *arguments: scored.append(arguments)
+    metrics = trainer.step(1)
+    problems = ["scored before the only update"] if scored else []
+    if not abs(metrics["entropy"] - case["entropy"][0]) < 1e-5:
+        problems.append(f"entropy: {metrics['entropy']} instead of {case['entropy'][0]}")
+    ratios = {name: metrics[name] for name in ("ratio_mean", "clip_frac", "clip_frac_dual")}
+    return problems + ([] if ratios == {"ratio_mean": 1, "clip_frac": 0, "clip_frac_dual": 0} else [f"{ratios}"])
+
+
 def main() -> None:
     cases, flags = Path(sys.argv[1]), sys.argv[2:]
     config = config_for(cases, "qwen3-tied", "full", flags)
@@ -164,6 +177,9 @@ def main() -> None:
         for name, case in reference.items():
             for variant in VARIANTS:
                 problems += [f"{name} {variant}: {line}" for line in run_case(case, cases, variant, flags, state)]
+            without_watch = [*flags, "--monitor-responses", "0"]
+            single = check_single_update(case, cases, without_watch, state)
+            problems += [f"{name}, one update: {line}" for line in single]
     if problems:
         sys.exit("\n".join(f"off: {line}" for line in problems[:30]))
 

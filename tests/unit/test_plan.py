@@ -53,7 +53,8 @@ def test_run_json_says_what_was_run(model: Path) -> None:
     identity = RunIdentity(
         fingerprint(model), "fp32", "", ("a", "b"), 1234, 4, 2, ("full",), "f.py:g (sha256 1)", "grpo"
     )
-    run = describe_run(config, "layer:2 for steps 1-2, full for step 3", identity, ("seed: 1 then, 2 now",))
+    changes, kernels = ("seed: 1 then, 2 now",), {"attention": "torch"}
+    run = describe_run(config, "layer:2 for steps 1-2, full for step 3", identity, changes, kernels)
     assert json.loads(json.dumps(run)) == run, "plain JSON"
     assert run["schema"] == 1
     assert run["flags"]["optimizer"]["lr"] == 0.25
@@ -64,7 +65,7 @@ def test_run_json_says_what_was_run(model: Path) -> None:
     assert run["model"] == fingerprint(model)
     assert run["data"] == ["a", "b"]
     assert (run["loss"], run["advantage_estimator"]) == ("f.py:g (sha256 1)", "grpo")
-    assert run["changes"] == ["seed: 1 then, 2 now"]
+    assert (run["changes"], run["kernels"]) == (list(changes), kernels)
     assert run["commit"] is None or len(run["commit"].rstrip("+")) == 40
 
 
