@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from megatron_bupo.config.paths import check_new_folder
 from megatron_bupo.config.program import run_program
 from megatron_bupo.errors import UsageError
+from megatron_bupo.files import new_folder
 from megatron_bupo.flags import Group, flag
 
 if TYPE_CHECKING:
@@ -142,11 +142,9 @@ def fetch(output: Path) -> None:
         model, tokenizer = load_gguf(gguf)
         check_model(model, tokenizer)
         print(f"[3/3] writing {output} (bf16, 269 MB)", flush=True)
-        beside = Path(temporary) / "folder"
-        beside.mkdir()
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        os.replace(beside, output)
+        with new_folder(output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     if not is_whole(output):
         raise RuntimeError(f"{output} is not whole after writing it")
     print(f"{output}: Llama, 30 layers, 134.5 M parameters, tied")

@@ -18,11 +18,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +32,7 @@ from torch.nn import functional
 from megatron_bupo.config.paths import check_new_folder
 from megatron_bupo.config.program import run_program
 from megatron_bupo.errors import UsageError
+from megatron_bupo.files import new_folder
 from megatron_bupo.flags import Group, flag
 
 if TYPE_CHECKING:
@@ -248,14 +246,8 @@ def make(output: Path, seed: int, force: bool, recipe: Recipe) -> None:
         return
     if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and was not made by this tool; remove it or name another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-        beside = Path(temporary) / "folder"
-        beside.mkdir()
-        build(beside, seed, recipe)
-        if output.exists():
-            shutil.move(output, Path(temporary) / "old")
-        os.replace(beside, output)
+    with new_folder(output) as folder:
+        build(folder, seed, recipe)
     print(f"{output}: written")
 
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 from megatron_bupo.config.paths import check_output_file
 from megatron_bupo.config.program import run_program
+from megatron_bupo.files import new_file
 from megatron_bupo.flags import Group, flag
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lea")
@@ -65,11 +64,8 @@ def make_problems(num_prompts: int, seed: int) -> list[Problem]:
 
 def write(output: Path, problems: list[Problem]) -> None:
     """Write the prompts beside `output` and rename."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-        beside = Path(temporary) / "prompts.jsonl"
+    with new_file(output) as beside:
         beside.write_text("".join(json.dumps(to_record(p)) + "\n" for p in problems), encoding="utf-8")
-        os.replace(beside, output)
     print(f"{output}: {len(problems)} prompts")
 
 

@@ -26,6 +26,7 @@ from megatron_bupo.rollout.engine import (
     TrainedModel,
 )
 from megatron_bupo.rollout.sampling import batch_noise, choose_tokens, sample_key
+from megatron_bupo.weights.hf_files import check_finite
 
 
 class LocalEngine(RolloutEngine):
@@ -208,8 +209,7 @@ def _load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PreTr
         raise UsageError(f"{folder}: no model that transformers loads from safetensors ({reason})") from error
     model.eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise UsageError(f"{folder}: {name} has NaN or infinite values; give an intact checkpoint")
+        check_finite(parameter, f"{folder}: {name}")
     return model.to(device=device)
 
 

@@ -60,10 +60,15 @@ class _FiniteSlice:
         return part
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values."""
+    # NaN goes through both extremes: forty times as fast as isfinite, and without a copy of the tensor.
+    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.detach()))
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raise UsageError, naming the tensor as `name`, where it has NaN or infinite values."""
-    # NaN goes through both: forty times as fast as isfinite, and without a copy of the tensor.
-    if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+    if not is_finite(tensor):
         raise UsageError(f"{name} has NaN or infinite values; give an intact checkpoint")
 
 

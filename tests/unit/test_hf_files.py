@@ -76,8 +76,8 @@ TENSOR_ERRORS: list[tuple[dict[str, Tensor | None], str]] = [
     ({NORM: None}, f"no tensor {NORM}; its config"),
     ({Q0: torch.zeros(16, 48)}, rf"{Q0} in .*model\.safetensors is \[16, 48\]; config.json asks for \[48, 16\]"),
     ({Q0: torch.zeros(48, 16, dtype=torch.int8)}, f"{Q0} in .* is I8; only F32, BF16, F16"),
-    ({"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}, "layers.2.mlp.up_proj.weight in .* no part of a qwen3"),
-    ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}, "q_proj.bias in .* no part of a qwen3 model"),
+    ({"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}, "layers.2.mlp.up_proj.weight in .* not belong to a qwen3"),
+    ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}, "q_proj.bias in .* not belong to a qwen3 model"),
 ]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from megatron_bupo.rollout.engine import TrainedModel
@@ -24,6 +23,7 @@ from megatron_bupo.rollout.sglang.weight_sync.checks import (
 from megatron_bupo.rollout.sglang.weight_sync.disk import FolderOnDisk
 from megatron_bupo.rollout.sglang.weight_sync.distributed import Broadcasts
 from megatron_bupo.rollout.sglang.weight_sync.tensor import TensorMessages
+from megatron_bupo.weights.hf_files import is_finite
 
 if TYPE_CHECKING:
     from megatron_bupo.rollout.sglang.worker import Worker
@@ -167,8 +167,7 @@ def _watched(
 ) -> Iterator[tuple[str, Tensor]]:
     """The same stream; `see` is called with each tensor. Raises FloatingPointError for NaN or infinite values."""
     for name, tensor in tensors:
-        # NaN goes through both extremes, without a copy of the tensor.
-        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.detach())):
+        if not is_finite(tensor):
             raise FloatingPointError(f"weight sync: the trainer's {name} has NaN or infinite values; it is not sent")
         if see is not None:
             see(name, tensor)
