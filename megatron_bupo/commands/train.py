@@ -23,7 +23,9 @@ def run(config: TrainConfig) -> None:
             from megatron_bupo.training.plan import describe_plan
 
             phases, done = prepared.describe_phases(), prepared.start.done
-            print(describe_plan(config, prepared.arch, phases, launch.world_size(), done))
+            if prepared.weights is None:
+                print(f"{config.model.hf_model}: no weights there; neither they nor what needs a tokenizer is checked")
+            print(describe_plan(config, prepared.arch, prepared.schedule, phases, launch.world_size(), done))
         return
     with (
         parallel_state(config.parallel, config.run.seed) as state,

@@ -52,6 +52,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., hidden_size], in the dtype of x."""
+        x = x.contiguous()  # kept for the backward: a part of the fused projection's output would keep all of it
         if x.is_cuda:  # torch has one kernel for it there
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)

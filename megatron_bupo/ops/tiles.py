@@ -25,7 +25,7 @@ from megatron_bupo.ops import torch_passes
 # slower, more with 2 threads, and larger tiles gain nothing (benchmarks/unembedding.py). CUDA: 256 MB, measured on an
 # H200 (4,096 and 14,336 rows are equally fast).
 _CPU_TILE = (512, 2048)
-_CUDA_TILE = (4096, 16384)
+CUDA_TILE = (4096, 16384)
 
 _LOG2_E = math.log2(math.e)
 
@@ -87,7 +87,7 @@ class Tiles:
         # What makes bits of a product. The products in the compute dtype have it in them, at no cost.
         scale = _LOG2_E / temperature
         self._alpha, self.scale = (1.0, scale) if in_bf16 else (scale, 1.0)
-        max_rows, max_columns = _CUDA_TILE if hidden.is_cuda else _CPU_TILE
+        max_rows, max_columns = CUDA_TILE if hidden.is_cuda else _CPU_TILE
         self.max_rows, self.max_columns = min(max_rows, len(hidden)), min(max_columns, len(self.weight))
         self._buffers = torch.empty(2, self.max_rows * self.max_columns, dtype=self.dtype, device=hidden.device)
         self.scratch = self._buffers[1]

@@ -9,12 +9,19 @@ from pathlib import Path
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.flags import Group, flag_name, shown
+from megatron_bupo.rl.schedule import PolicySchedule
+from megatron_bupo.training.memory import memory_estimate
 
 _GB = 1e9
 
 
-def describe_plan(config: TrainConfig, arch: Architecture, phases: str, world_size: int, done: int = 0) -> str:
-    """Flags, phases, layout, memory and files, as text for a person; `done` steps were taken before."""
+def describe_plan(
+    config: TrainConfig, arch: Architecture, schedule: PolicySchedule, phases: str, world_size: int, done: int = 0
+) -> str:
+    """Flags, phases, layout, memory and files, as text for a person; `done` steps were taken before.
+
+    `phases` is the schedule in words.
+    """
     return "\n".join(
         [
             "flags",
@@ -26,7 +33,7 @@ def describe_plan(config: TrainConfig, arch: Architecture, phases: str, world_si
             "rollouts",
             f"  {_rollouts(config)}",
             "memory on the fullest rank, estimated (GB = 10^9 bytes)",
-            *(f"  {name:<32}{size / _GB:9.3f} GB" for name, size in memory_estimate(config, arch, world_size).items()),
+            *_memory(config, arch, schedule, world_size),
             "files that would be written",
             *(f"  {line}" for line in _files(config) or ["none: give --save DIR to keep the run"]),
         ]
@@ -71,55 +78,15 @@ def _rollouts(config: TrainConfig) -> str:
     return f"SGLang servers: {where}; weights by {servers.weight_sync}"
 
 
-def parameter_counts(arch: Architecture) -> dict[str, int]:
-    """Parameters of one layer, of the embedding and of an unembedding of its own (0 if tied)."""
-    heads, groups = arch.num_attention_heads, arch.num_query_groups
-    attention = arch.hidden_size * arch.head_dim * (2 * heads + 2 * groups)
-    bias = arch.head_dim * (heads + 2 * groups) if arch.qkv_bias else 0
-    norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
-    embedding = arch.vocab_size * arch.hidden_size
-    return {
-        "layer": attention + bias + norms + 3 * arch.hidden_size * arch.ffn_hidden_size,
-        "embedding": embedding,
-        "unembedding": 0 if arch.tied else embedding,
-    }
-
-
-def memory_estimate(config: TrainConfig, arch: Architecture, world_size: int) -> dict[str, float]:
-    """Bytes on the rank that holds most: parameters, gradients, optimizer, activations of one micro-batch, norms.
-
-    Activations: 34 bytes per token, hidden unit and layer in 16 bit, twice that in fp32 (Korthikanti et al., arXiv
-    2205.05198, without attention scores, which are never stored); with full recompute the layers' inputs alone.
-    """
-    parallel = config.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    counts = parameter_counts(arch)
-    # In a pipeline the first and the last stage hold one matrix of the vocabulary's size each, tied or not.
-    ends = counts["embedding"] + (counts["unembedding"] if pipeline == 1 else 0)
-    parameters = (counts["layer"] * arch.num_layers / pipeline + ends) / tensor
-    width = 2 if config.model.bf16 else 4
-    # Moments, and the fp32 masters of bf16 weights.
-    state = parameters * (12 if config.model.bf16 else 8)
-    if config.optimizer.use_distributed_optimizer:
-        state /= _data_parallel_size(config, world_size)
-    tokens = config.batch.max_tokens_per_micro_batch
-    per_layer = (1 if parallel.recompute_granularity == "full" else 17) * width * tokens * arch.hidden_size
-    # A pipeline keeps as many micro-batches in flight as it has stages: PP x layers / PP.
-    sizes = {
-        "parameters": parameters * width,
-        "gradients (fp32)": parameters * 4,
-        "optimizer (fp32)": state,
-        "activations": per_layer * arch.num_layers / tensor,
-    }
-    if config.monitor.norms_interval:
-        counted = parameters / _data_parallel_size(config, world_size)
-        # With one optimizer step in a step, the values before it are kept while there are no activations.
-        free = 0.0 if config.updates_per_step > 1 else sizes["activations"]
-        sizes["update norms"] = max(0.0, 4 * counted - free) + (2 * counted if config.model.bf16 else 0)
-    if config.rollout.load_rollouts is None and config.rollout.rollout_engine == "local":
-        whole = counts["layer"] * arch.num_layers + counts["embedding"] + counts["unembedding"]
-        sizes["embedded engine's model"] = float(whole * width)
-    return sizes | {"sum": sum(sizes.values())}
+def _memory(config: TrainConfig, arch: Architecture, schedule: PolicySchedule, world_size: int) -> Iterator[str]:
+    """What the fullest phase takes, part by part, and the sums of the phases."""
+    specs = schedule.specs
+    phases = [memory_estimate(config, arch, world_size, specs[: number + 1]) for number in range(len(specs))]
+    for name, size in max(phases, key=lambda sizes: sizes["sum"]).items():
+        yield f"  {name:<32}{size / _GB:9.3f} GB"
+    if len(specs) > 1:
+        for spec, sizes in zip(specs, phases, strict=True):
+            yield f"  {f'sum while {spec} trains':<32}{sizes['sum'] / _GB:9.3f} GB"
 
 
 def _files(config: TrainConfig) -> list[str]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bupo.analysis.flow_file import EntropyFlow
-from megatron_bupo.architectures.architecture import Architecture
+from megatron_bupo.architectures.architecture import Architecture, check_layout
+from megatron_bupo.architectures.families import read_architecture
 from megatron_bupo.config import launch
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
+from megatron_bupo.data.tokenizer import has_tokenizer
 from megatron_bupo.errors import UsageError
 from megatron_bupo.rewards.version import reward_fingerprint
 from megatron_bupo.rl.builtin import estimator_fingerprint, load_estimator, load_loss, loss_fingerprint
@@ -29,7 +31,7 @@ class PreparedRun:
     """A run that can start.
 
     Attributes:
-        prompting: None for a replay.
+        weights, prompting: None where a dry run's model folder has none; no prompting for a replay either.
         schedule: phases that were ended early are shortened; layer 1 stands in for a layer that is not chosen yet.
         identity: what a resume compares; its phases are those of the flags.
         flow: the measurement from which --internal-layer auto chose the layer, once it has.
@@ -38,7 +40,7 @@ class PreparedRun:
 
     config: TrainConfig
     arch: Architecture
-    weights: HFWeights
+    weights: HFWeights | None
     prompting: Prompting | None
     schedule: PolicySchedule
     identity: RunIdentity
@@ -64,7 +66,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
     Raises:
         UsageError: the model, data, user functions, servers or checkpoint do not fit the flags or each other.
     """
-    arch, _, weights = open_model(config.model.hf_model, config.parallel)
+    arch, weights = _open_model(config)
     layer = layer_of_run(config)
     layer_is_open = config.schedule.is_auto and layer is None
     if arch.num_layers < 2 and (layer_is_open or config.monitor.entropy_flow_interval):
@@ -85,12 +87,27 @@ def prepare(config: TrainConfig) -> PreparedRun:
     return PreparedRun(config, arch, weights, prompting, schedule, identity, start, flow, layer_is_open)
 
 
+def _open_model(config: TrainConfig) -> tuple[Architecture, HFWeights | None]:
+    """The model, checked; a dry run does with config.json where the folder has no weights of any kind."""
+    folder = Path(config.model.hf_model)
+    if config.run.dry_run and not [*folder.glob("*.safetensors*"), *folder.glob("*.bin")]:
+        arch = read_architecture(folder)
+        check_layout(arch, config.parallel)
+        return arch, None
+    arch, _, weights = open_model(folder, config.parallel)
+    return arch, weights
+
+
 def _read_prompts(config: TrainConfig, arch: Architecture) -> Prompting | None:
-    """The prompts with their tokenizer, or None for a replay, whose files are checked to the last line."""
+    """The prompts with their tokenizer; None for a replay, whose files are checked to the last line, and for a dry run
+    without a tokenizer.
+    """
     rollout, longest = config.rollout, config.data.rollout_max_prompt_len
     if rollout.load_rollouts is not None:
         num_responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
         check_replay(rollout.load_rollouts, config.schedule.train_iters, num_responses, arch.vocab_size)
+        return None
+    if config.run.dry_run and not has_tokenizer(config.model.hf_model):
         return None
     prompting = Prompting.read(config, arch)
     prompts = prompting.prompts
@@ -110,7 +127,7 @@ def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet 
         model=fingerprint(Path(config.model.hf_model)),
         dtype=config.model.dtype_name,
         data=prompts.fingerprint() if prompts is not None else "",
-        replay=tuple(replay_fingerprints(str(folder), steps)) if prompts is None else (),
+        replay=tuple(replay_fingerprints(str(folder), steps)) if folder is not None else (),
         seed=config.run.seed,
         rollout_batch_size=config.rollout.rollout_batch_size,
         n_samples_per_prompt=config.rollout.n_samples_per_prompt,

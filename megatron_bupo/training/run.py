@@ -31,13 +31,15 @@ def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None
         UsageError: the flow suggests no layer; a reward, loss or estimator that returns something else than it must.
     """
     if run.layer_is_open:
+        assert run.weights is not None
         source = kept = FirstStepKept(source)
         flow = choose_layer(run.config, run.arch, run.weights, run.start.converted, kept, state)
         run = run.with_layer_of(flow)
-    config, start = run.config, run.start
+    config, start, weights = run.config, run.start, run.weights
+    assert weights is not None, "only a dry run goes without"
     actor = Actor(
         run.arch,
-        run.weights,
+        weights,
         config.parallel,
         config.optimizer,
         state,
