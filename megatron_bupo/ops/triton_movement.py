@@ -1,4 +1,4 @@
-"""movement.squared_distances as one Triton kernel, which reads every element once.
+"""training.norms.squared_distances as one Triton kernel, which reads every element once.
 
 Composed of torch's operations it moves six times the bytes, with float64 copies among them.
 """
@@ -41,7 +41,7 @@ def _movement_kernel(  # type: ignore[no-untyped-def]
 
 
 def squared_distances_triton(value: Tensor, before: Tensor | None, start: Tensor | None) -> Tensor:
-    """See movement.squared_distances; the tensors are flat."""
+    """See training.norms.squared_distances; the tensors are flat."""
     programs = max(1, min(_PROGRAMS, triton.cdiv(value.numel(), _BLOCK)))
     squares = torch.empty(programs, 3, dtype=torch.float64, device=value.device)
     tensors = (value, value if before is None else before, value if start is None else start, squares)

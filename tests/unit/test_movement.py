@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bupo.ops import movement
+from megatron_bupo.training import norms
 from tests.unit.interpreted import interpreted
 
 SIZES = (1, 63, 64, 700)  # of blocks of 16 elements, of which two programs take turns
@@ -18,8 +18,8 @@ SIZES = (1, 63, 64, 700)  # of blocks of 16 elements, of which two programs take
 @pytest.fixture(params=["torch", "triton"])
 def squared_distances(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     if request.param == "torch":
-        monkeypatch.setattr(movement, "_CHUNK", 16)
-        return movement.squared_distances
+        monkeypatch.setattr(norms, "_CHUNK", 16)
+        return norms.squared_distances
     kernel = interpreted("triton_movement")
     monkeypatch.setattr(kernel, "_BLOCK", 16)
     monkeypatch.setattr(kernel, "_PROGRAMS", 2)
