@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.files import new_file
+from megatron_bupo.policy_spec import PolicySpec
+from megatron_bupo.training.board import add_first_page, add_flags, samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+    from megatron_bupo.samples import Rollout
 
 Metrics = dict[str, Any]
 
@@ -29,9 +33,12 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(board, purge_step=done + 1)
+            add_first_page(self._board)
 
     def write_run(self, run: dict[str, Any]) -> None:
-        """SAVE/run.json, written beside and renamed."""
+        """SAVE/run.json, written beside and renamed; its flags for TensorBoard."""
+        if self._board is not None:
+            add_flags(self._board, run["flags"])
         if self._folder is None:
             return
         with new_file(self._folder / "run.json") as beside:
@@ -45,6 +52,7 @@ class Tracker:
         if self._board is None:
             return
         step = metrics["step"]
+        self._board.add_scalar("trained_layer", PolicySpec.parse(metrics["phase"]).layer or 0, step)
         for name, value in metrics.items():
             if isinstance(value, list):
                 value = sum(value) / len(value)
@@ -53,6 +61,12 @@ class Tracker:
             elif isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, step)
         self._board.flush()
+
+    def log_samples(self, rollouts: Sequence[Rollout], step: int) -> None:
+        """Responses of the step, for TensorBoard alone."""
+        if self._board is not None:
+            for name, text in samples(rollouts, step):
+                self._board.add_text(name, text, step)
 
     def log_numbers(self, numbers: Mapping[str, float], step: int) -> None:
         """Numbers that only TensorBoard has."""

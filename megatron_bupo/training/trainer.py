@@ -66,7 +66,7 @@ class Trainer:
         self._seconds = {}
         self.actor.norms.begin(step)
         batch = self.source.rollouts(step)
-        self._save_rollouts(step, batch.rollouts)
+        self._keep_rollouts(step, batch.rollouts)
         with self._timed("monitor"):
             spec, watched = self.monitor.policy_at(step, batch.rollouts)
         if self._flow_is_due(step):
@@ -147,10 +147,12 @@ class Trainer:
         interval = self.config.monitor.entropy_flow_interval
         return interval is not None and step % interval == 0
 
-    def _save_rollouts(self, step: int, rollouts: list[Rollout]) -> None:
+    def _keep_rollouts(self, step: int, rollouts: list[Rollout]) -> None:
         folder = self.config.rollout.save_rollouts
         if folder and self.state.rank == 0:
             write_rollouts(step_file(folder, step), rollouts)
+        if self.tracker is not None:
+            self.tracker.log_samples(rollouts, step)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

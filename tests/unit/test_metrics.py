@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_bupo.parallel.reduce import combine
 from megatron_bupo.samples import Rollout
 from megatron_bupo.training.actor import UpdateResult
+from megatron_bupo.training.board import FIRST_PAGE, samples
 from megatron_bupo.training.metrics import (
     MAXIMA,
     console_line,
@@ -137,27 +138,43 @@ def test_a_step_on_the_console() -> None:
 # --- tracker.py
 
 
+def raw_events(run: Path) -> bytes:
+    [file] = (run / "tensorboard").iterdir()
+    return file.read_bytes()
+
+
 def test_a_run_leaves_lines_and_the_same_numbers_in_tensorboard(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"step": step, "phase": phase, "loss": [1.0 * step, 3.0 * step], "lr": 0.5, "reward_timeouts": step}
         for step, phase in ((1, "layer:2"), (2, "full"))
     ]
     tracker = Tracker(str(tmp_path / "runs" / "one"), None)
-    tracker.write_run({"schema": 1})
+    tracker.write_run(run := {"schema": 1, "flags": {"optimizer": {"lr": 0.5}, "rollout": {"seeds": [1, 2]}}})
+    rollouts = [
+        Rollout(0, [1], [2, 3], reward=reward, prompt="*3 + 5*?", response=f"<b>{reward}</b>\n8", answer="8")
+        for reward in (0.5, 1.0, 0.0)
+    ]
+    tracker.log_samples(rollouts, 1)
     tracker.log(lines[0])
     written = tmp_path / "runs" / "one" / "metrics.jsonl"
     assert len(written.read_text().splitlines()) == 1, "a line is on disk as soon as its step is done"
     tracker.log(lines[1])
     tracker.close()
     assert [json.loads(line) for line in written.read_text().splitlines()] == lines
-    assert json.loads((tmp_path / "runs" / "one" / "run.json").read_text()) == {"schema": 1}
+    assert json.loads((tmp_path / "runs" / "one" / "run.json").read_text()) == run
     assert {path.name for path in written.parent.iterdir()} == {"run.json", "metrics.jsonl", "tensorboard"}
 
     board = EventAccumulator(str(tmp_path / "runs" / "one" / "tensorboard"))
     board.Reload()
-    assert set(board.Tags()["scalars"]) == {"loss", "lr", "reward_timeouts"}
+    assert set(board.Tags()["scalars"]) == {"loss", "lr", "reward_timeouts", "trained_layer"}
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 2.0), (2, 4.0)]
     assert [event.value for event in board.Scalars("reward_timeouts")] == [1.0, 2.0]
+    assert [event.value for event in board.Scalars("trained_layer")] == [2.0, 0.0]
+    best, worst = (
+        board.Tensors(f"rollouts/{name}/text_summary")[0].tensor_proto.string_val[0] for name in ("best", "worst")
+    )
+    assert best == b"reward 1.0, 2 tokens, answer 8\n\n    *3 + 5*?\n\n    <b>1.0</b>\n    8"
+    assert worst.startswith(b"reward 0.0") and b"_hparams_/session_start_info" in raw_events(written.parent)
     texts = board.Tensors("phase/text_summary")
     assert [event.tensor_proto.string_val[0] for event in texts] == [b"layer:2", b"full"]
 
@@ -165,7 +182,7 @@ def test_a_run_leaves_lines_and_the_same_numbers_in_tensorboard(tmp_path: Path) 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tracker = Tracker(None, None)
-    tracker.write_run({})
+    tracker.write_run({"flags": {}})
     tracker.log({"step": 1, "phase": "full"})
     tracker.close()
     assert list(tmp_path.iterdir()) == []
@@ -177,3 +194,20 @@ def test_tensorboard_elsewhere(tmp_path: Path) -> None:
     tracker.close()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
     assert list((tmp_path / "board").iterdir())
+
+
+def test_the_first_page_names_what_a_run_writes(tmp_path: Path) -> None:
+    """Charts whose metrics have other names would stay empty."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for tags in FIRST_PAGE.values():
+        for tag in tags:
+            assert tag.rstrip("$").replace(".*", "NAME") in page
+
+
+def test_long_samples_are_cut_and_the_random_one_depends_on_the_step() -> None:
+    rollouts = [Rollout(0, [1], [2], reward=1.0, response="x" * length) for length in (10_000, 20_000, 30_000)]
+    texts = dict(samples(rollouts, 3))
+    assert "[... 4000 characters ...]" in texts["rollouts/worst"] and len(texts["rollouts/worst"]) < 7000
+    drawn = [dict(samples(rollouts, step))["rollouts/random"] for step in range(1, 30)]
+    assert len(set(drawn)) == 3
+    assert drawn == [dict(samples(rollouts, step))["rollouts/random"] for step in range(1, 30)]
