@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from megatron_bupo.config.data_files import DATA_SUFFIXES
 from megatron_bupo.config.paths import check_output_file
 from megatron_bupo.config.program import run_program
-from megatron_bupo.config.train import DATA_SUFFIXES
 from megatron_bupo.data.prompt_files import answer_text
 from megatron_bupo.errors import UsageError
 from megatron_bupo.files import json_object, new_file, text_lines

@@ -67,7 +67,7 @@ def _characters() -> frozenset[int]:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl, one dict a step.
+    """The steps in RUN/metrics.jsonl, one dict a step, without the evaluation before the first one.
 
     Raises:
         UsageError: it cannot be read, is empty, or has a line that no training step wrote.
@@ -79,16 +79,20 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: {error.strerror}; give the --save folder of a training run") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text; give the --save folder of a training run") from error
-    if not lines:
+    parsed = [_parse_step(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    steps = [step for step in parsed if step is not None]
+    if not steps:
         raise UsageError(f"{path}: is empty; wait for the first step of the run")
-    return [_parse_step(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return steps
 
 
-def _parse_step(line: str, where: str) -> dict[str, Any]:
+def _parse_step(line: str, where: str) -> dict[str, Any] | None:
     try:
         step = json.loads(line)
     except ValueError as error:
         raise UsageError(f"{where}: not JSON; each line is one step that training wrote") from error
+    if isinstance(step, dict) and step.get("step") == 0:
+        return None
     if not isinstance(step, dict) or (missing := [key for key in _METRIC_KEYS if key not in step]):
         lacking = "an object" if not isinstance(step, dict) else " and ".join(missing)
         raise UsageError(f"{where}: lacks {lacking}; each line is one step that training wrote")

@@ -27,9 +27,10 @@ def run(config: TrainConfig) -> None:
                 print(f"{config.model.hf_model}: no weights there; neither they nor what needs a tokenizer is checked")
             print(describe_plan(config, prepared.arch, prepared.schedule, phases, launch.world_size(), done))
         return
+    evaluated = [questions.prompting for questions in prepared.eval_sets]
     with (
         parallel_state(config.parallel, config.run.seed) as state,
-        closing(make_source(config, prepared.arch, prepared.prompting, state)) as source,
+        closing(make_source(config, prepared.arch, prepared.prompting, state, evaluated)) as source,
     ):
         # It imports megatron-core, which is quiet about what it misses only when parallel_state has imported it.
         from megatron_bupo.training.run import train

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bupo.config.chat import ChatConfig
+from megatron_bupo.config.data_files import check_data_files
 from megatron_bupo.config.model import ModelConfig
 from megatron_bupo.config.paths import check_file, check_output_file, check_output_folder
 from megatron_bupo.config.rollout import RolloutConfig
@@ -14,7 +15,6 @@ from megatron_bupo.config.train import (
     DataConfig,
     ParallelConfig,
     RunConfig,
-    check_data_files,
 )
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group, flag, same_flag

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.config.converters import LayoutConfig
+from megatron_bupo.config.data_files import data_set_names
 from megatron_bupo.config.model import ModelConfig, check_hf_model
 from megatron_bupo.config.paths import check_output_folder
 from megatron_bupo.config.preset import Preset, presets
 from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
-from megatron_bupo.config.train import DataConfig, RunConfig, data_set_names
+from megatron_bupo.config.train import DataConfig, RunConfig
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group, flag, flag_name, same_flag
 from megatron_bupo.policy_spec import PolicySpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bupo.config.data_files import check_data_files, data_set_names
 from megatron_bupo.config.stop_bounds import StopBound
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group, flag
@@ -45,3 +46,31 @@ class MonitorConfig(Group):
     def stop_bounds(self) -> list[StopBound]:
         """When an internal phase is to end early."""
         return [StopBound.parse(text) for text in self.internal_stop or []]
+
+
+@dataclass(frozen=True)
+class EvalConfig(Group):
+    """evaluation while training"""
+
+    eval_data: list[str] | None = flag(
+        "parquet or JSON-lines files with questions that are answered before the first step and after the last",
+        None,
+        metavar="FILE",
+    )
+    eval_interval: int | None = flag("steps between evaluations, in the middle of the run too", None, low=1)
+    eval_n_samples: int = flag("responses to each question of --eval-data", 1, low=1)
+
+    def check(self) -> None:
+        super().check()
+        check_data_files(self.eval_data, "eval_data")
+        data_set_names("eval_data", self.eval_data)
+        if self.eval_data is None and self.eval_interval is not None:
+            raise UsageError(f"--eval-interval {self.eval_interval}: goes only with --eval-data FILE")
+        if self.eval_data is None and self.eval_n_samples > 1:
+            raise UsageError(f"--eval-n-samples {self.eval_n_samples}: goes only with --eval-data FILE")
+
+    def due_after(self, step: int, last: int) -> bool:
+        """Whether there is an evaluation after a step of a run that ends with step `last`; 0 is its beginning."""
+        if self.eval_data is None:
+            return False
+        return step in (0, last) or (self.eval_interval is not None and step % self.eval_interval == 0)

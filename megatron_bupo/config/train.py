@@ -12,42 +12,19 @@ from pathlib import Path
 
 from megatron_bupo.config import launch
 from megatron_bupo.config.chat import ChatConfig
+from megatron_bupo.config.data_files import check_data_files
 from megatron_bupo.config.model import ModelConfig
-from megatron_bupo.config.monitor import MonitorConfig
-from megatron_bupo.config.paths import HF, check_file, check_new_folder, check_output_folder
+from megatron_bupo.config.monitor import EvalConfig, MonitorConfig
+from megatron_bupo.config.paths import HF, check_new_folder, check_output_folder
 from megatron_bupo.config.rollout import RolloutConfig, SGLangConfig
 from megatron_bupo.config.schedule import ScheduleConfig
 from megatron_bupo.errors import UsageError
-from megatron_bupo.flags import Group, flag, flag_name
+from megatron_bupo.flags import Group, flag
 from megatron_bupo.rl.builtin import LossFlags, estimator, estimator_names, loss_names
 from megatron_bupo.rl.objective_flags import ObjectiveFlags
 from megatron_bupo.user_code import UserFunction
 
 USER_FUNCTION = "NAME|FILE.py:function"
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
-
-
-def check_data_files(paths: list[str] | None, name: str = "prompt_data") -> None:
-    """Raise UsageError unless every one of the files is there and of a kind that is read; `name` is the flag's."""
-    for path in paths or []:
-        if Path(path).suffix not in DATA_SUFFIXES:
-            raise UsageError(f"{flag_name(name)} {path}: must end in .parquet, .jsonl or .json")
-        check_file(name, path)
-
-
-def data_set_names(name: str, paths: list[str] | None) -> list[str]:
-    """The files' names without their endings, which name the data sets of an evaluation.
-
-    Raises:
-        UsageError: two files, given for the flag of the field `name`, would have the same.
-    """
-    names = [Path(path).stem for path in paths or []]
-    for number, data_set in enumerate(names):
-        if data_set in names[:number]:
-            raise UsageError(
-                f"{flag_name(name)}: two files are named {data_set}, which names their results; rename one"
-            )
-    return names
 
 
 def _check_name_or_function(flag: str, text: str, names: tuple[str, ...]) -> None:
@@ -241,6 +218,7 @@ class TrainConfig(Group):
     batch: BatchConfig
     monitor: MonitorConfig
     run: RunConfig
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     @property
     def updates_per_step(self) -> int:
@@ -270,6 +248,11 @@ class TrainConfig(Group):
             )
         if not prompts and not replay:
             raise UsageError("nothing to train on: give --prompt-data FILE... or --load-rollouts DIR")
+        evaluated = self.evaluation.eval_data
+        if replay and evaluated:
+            raise UsageError(
+                f"--eval-data {evaluated[0]}: a replay (--load-rollouts) has no engine; leave one of them out"
+            )
         saved = self.rollout.save_rollouts
         if replay and saved and Path(replay).resolve() == Path(saved).resolve():
             raise UsageError(f"--save-rollouts {saved}: is the folder that is replayed; choose another folder")

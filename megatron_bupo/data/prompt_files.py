@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from megatron_bupo.config.train import DATA_SUFFIXES
+from megatron_bupo.config.data_files import DATA_SUFFIXES
 from megatron_bupo.errors import UsageError
 from megatron_bupo.files import json_object, text_lines
 

@@ -51,8 +51,11 @@ class Difference:
         )
 
 
-def compare(first: str, second: str) -> dict[str, Difference]:
+def compare(first: str, second: str) -> tuple[dict[str, Difference], list[str]]:
     """The differences of two finished evaluations, evaluation.json or their folders, in the data sets of both.
+
+    Returns:
+        The differences by data set, and what else differs than the model, in words: it may be the reason.
 
     Raises:
         UsageError: a result that cannot be read, no common data set, or one with other questions.
@@ -73,12 +76,12 @@ def compare(first: str, second: str) -> dict[str, Difference]:
                 "not the same ones; give results of the same file, with the same --num-prompts"
             )
         differences[name] = Difference.of([mean for _, mean in before], [mean for _, mean in after])
-    return differences
+    return differences, one.other_settings(other)
 
 
 def print_comparison(first: str, second: str) -> None:
     """The table of `compare`."""
-    differences = compare(first, second)
+    differences, notes = compare(first, second)
     table = Table(box=box.MINIMAL)
     table.add_column("data")
     for name in ("A", "B", "B - A", "±", "B better", "A better", "equal", "p (sign test)"):
@@ -91,6 +94,8 @@ def print_comparison(first: str, second: str) -> None:
     console = open_console()
     console.print(Text(f"A: {first}\nB: {second}\navg@n x 100, ± is the standard error of B - A over questions"))
     console.print(table)
+    for note in notes:
+        console.print(Text(f"not the same: {note}"))
 
 
 class _Evaluation:
@@ -102,10 +107,19 @@ class _Evaluation:
         file = self._folder / RESULT_FILE
         if not file.is_file():
             raise UsageError(f"--compare {given}: has no {RESULT_FILE}; give the --output folder of an evaluation")
-        data = json_object(file.read_text(encoding="utf-8"), str(file)).get("data")
+        self._result = json_object(file.read_text(encoding="utf-8"), str(file))
+        data = self._result.get("data")
         if not isinstance(data, dict) or not data:
             raise UsageError(f"--compare {given}: {file} has no data sets; give a result of evaluate")
         self.names = list(data)
+
+    def other_settings(self, other: _Evaluation) -> list[str]:
+        """The settings that differ, but for the model and the number of samples."""
+        ours, theirs = ({**one._result, **one._result.get("sampling", {})} for one in (self, other))
+        names = ("policy", "temperature", "top_p", "max_response_len", "template", "grader")
+        return [
+            f"{name}: {ours.get(name)} and {theirs.get(name)}" for name in names if ours.get(name) != theirs.get(name)
+        ]
 
     def means(self, name: str) -> list[tuple[str, float]]:
         """The key of every question with the mean reward of the responses to it, in the order of the file."""

@@ -66,8 +66,9 @@ class SetResult:
         )
 
     def metrics(self, name: str) -> dict[str, float]:
-        """The numbers by their names in metrics.jsonl and TensorBoard: eval/NAME/avg_at_n, eval/NAME/pass_at_k/4."""
-        numbers = {key: value for key, value in asdict(self).items() if key != "pass_at_k"}
+        """What changes, by its names in metrics.jsonl and TensorBoard: eval/NAME/avg_at_n, eval/NAME/pass_at_k/4."""
+        names = ("avg_at_n", "avg_at_n_se", "truncated_frac", "reward_timeouts")
+        numbers = {key: getattr(self, key) for key in names}
         numbers |= {f"pass_at_k/{k}": value for k, value in self.pass_at_k.items()}
         return {f"eval/{name}/{key}": value for key, value in numbers.items() if value is not None}
 

@@ -36,9 +36,16 @@ def check_source(config: TrainConfig | EvaluateConfig) -> None:
 
 
 def make_source(
-    config: TrainConfig, arch: Architecture, prompting: Prompting | None, state: Processes
+    config: TrainConfig,
+    arch: Architecture,
+    prompting: Prompting | None,
+    state: Processes,
+    others: Sequence[Prompting] = (),
 ) -> RolloutSource:
     """The source that the flags ask for, ready to answer; a replay if there are no prompts. Collective.
+
+    Args:
+        others: prompts of evaluations, which the engine will answer as well.
 
     Raises:
         UsageError: as `graded_generation`.
@@ -46,7 +53,7 @@ def make_source(
     if prompting is None:
         assert config.rollout.load_rollouts is not None
         return Replay(config.rollout.load_rollouts)
-    return PromptedSource(graded_generation(config, arch, [prompting], state), prompting, config.rollout)
+    return PromptedSource(graded_generation(config, arch, [prompting, *others], state), prompting, config.rollout)
 
 
 def graded_generation(

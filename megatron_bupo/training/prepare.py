@@ -14,6 +14,7 @@ from megatron_bupo.data.prompts import PromptSet
 from megatron_bupo.data.rollout_files import check_replay, replay_fingerprints
 from megatron_bupo.data.tokenizer import has_tokenizer
 from megatron_bupo.errors import UsageError
+from megatron_bupo.evaluation.questions import QuestionSet
 from megatron_bupo.rewards.version import reward_fingerprint
 from megatron_bupo.rl.builtin import estimator_fingerprint, load_estimator, load_loss, loss_fingerprint
 from megatron_bupo.rl.schedule import PolicySchedule
@@ -36,6 +37,7 @@ class PreparedRun:
         identity: what a resume compares; its phases are those of the flags.
         flow: the measurement from which --internal-layer auto chose the layer, once it has.
         layer_is_open: --internal-layer auto has still to choose.
+        eval_sets: of --eval-data.
     """
 
     config: TrainConfig
@@ -47,6 +49,7 @@ class PreparedRun:
     start: Start
     flow: EntropyFlow | None
     layer_is_open: bool
+    eval_sets: list[QuestionSet]
 
     def with_layer_of(self, flow: EntropyFlow) -> PreparedRun:
         """This run with the layer that a flow suggests."""
@@ -78,13 +81,14 @@ def prepare(config: TrainConfig) -> PreparedRun:
     load_loss(config.algorithm.loss, config.algorithm.losses)
     load_estimator(config.algorithm.advantage_estimator)
     prompting = _read_prompts(config, arch)
+    eval_sets = [] if prompting is None else _read_eval_sets(config, arch)
     check_source(config)
     identity = _identity(config, schedule, prompting.prompts if prompting is not None else None)
     start = _find_start(config, identity)
     for step in start.ended:
         schedule = schedule.ended_before(step)
     flow = choice_so_far(config, layer)
-    return PreparedRun(config, arch, weights, prompting, schedule, identity, start, flow, layer_is_open)
+    return PreparedRun(config, arch, weights, prompting, schedule, identity, start, flow, layer_is_open, eval_sets)
 
 
 def _open_model(config: TrainConfig) -> tuple[Architecture, HFWeights | None]:
@@ -119,6 +123,19 @@ def _read_prompts(config: TrainConfig, arch: Architecture) -> Prompting | None:
             f"{longest} tokens; lower it or give more data"
         )
     return prompting
+
+
+def _read_eval_sets(config: TrainConfig, arch: Architecture) -> list[QuestionSet]:
+    flags = config.evaluation
+    if flags.eval_data is None:
+        return []
+    sets = QuestionSet.read_each(config, arch, flags.eval_data, lambda name: flags.eval_n_samples)
+    for questions in sets:
+        dropped = questions.prompting.prompts.num_dropped
+        if dropped and launch.rank() == 0:
+            longest = config.data.rollout_max_prompt_len
+            print(f"{questions.name}: {len(questions.keys)} questions kept, {dropped} dropped (over {longest} tokens)")
+    return sets
 
 
 def _identity(config: TrainConfig, schedule: PolicySchedule, prompts: PromptSet | None) -> RunIdentity:

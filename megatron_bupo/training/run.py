@@ -7,9 +7,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_bupo.analysis.flow_file import write_flow
+from megatron_bupo.evaluation.in_training import evaluate_now
 from megatron_bupo.model.kernels import kernels_line
 from megatron_bupo.parallel.setup import ParallelState
-from megatron_bupo.rollout.source import FirstStepKept, RolloutSource
+from megatron_bupo.rollout.source import FirstStepKept, GradedGeneration, PromptedSource, RolloutSource
 from megatron_bupo.training.actor import Actor
 from megatron_bupo.training.auto_layer import CHOICE_FOLDER, choose_layer, describe_choice
 from megatron_bupo.training.checkpoint import load_checkpoint, save_checkpoint
@@ -19,7 +20,7 @@ from megatron_bupo.training.phase_monitor import PhaseMonitor
 from megatron_bupo.training.prepare import PreparedRun
 from megatron_bupo.training.run_record import describe_run
 from megatron_bupo.training.run_state import RunState, cut_metrics
-from megatron_bupo.training.tracker import Tracker
+from megatron_bupo.training.tracker import Metrics, Tracker
 from megatron_bupo.training.trainer import Trainer
 from megatron_bupo.weights.hf_folder import HFFolder, write_hf_folder
 
@@ -30,6 +31,7 @@ def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None
     Raises:
         UsageError: the flow suggests no layer; a reward, loss or estimator that returns something else than it must.
     """
+    graded = source.graded if isinstance(source, PromptedSource) else None
     if run.layer_is_open:
         assert run.weights is not None
         source = kept = FirstStepKept(source)
@@ -60,7 +62,7 @@ def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None
     try:
         # The engine may have weights of another run.
         source.update_weights(trainer.model_for_engine, version=str(start.done))
-        _take_steps(run, trainer)
+        _take_steps(run, trainer, graded)
     finally:
         if tracker is not None:
             tracker.close()
@@ -68,21 +70,41 @@ def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None
         _export(actor, config.model.hf_model, config.run.save_hf)
 
 
-def _take_steps(run: PreparedRun, trainer: Trainer) -> None:
-    """The steps that are left, with metrics, lines on the console and checkpoints."""
+def _take_steps(run: PreparedRun, trainer: Trainer, graded: GradedGeneration | None) -> None:
+    """The steps that are left, with metrics, lines on the console, evaluations and checkpoints."""
     config, tracker, done = run.config, trainer.tracker, run.start.done
     last, interval = config.schedule.train_iters, config.run.save_interval
     is_first = trainer.state.rank == 0
     with tqdm(total=last, initial=done, desc="train", unit="step", disable=None if is_first else True) as bar:
+        if done == 0:
+            evaluated, lines = _evaluate(run, graded, 0)
+            if evaluated:
+                _report(tracker, bar, {"step": 0, **evaluated}, lines)
         for step in range(done + 1, last + 1):
             metrics = trainer.step(step)
-            if tracker is not None:
-                tracker.log(metrics)
-                for line in console_lines(metrics, last, config.monitor.logprob_diff_alarm):
-                    bar.write(line)
+            evaluated, lines = _evaluate(run, graded, step)
+            lines = [*console_lines(metrics, last, config.monitor.logprob_diff_alarm), *lines]
+            _report(tracker, bar, metrics | evaluated, lines)
             bar.update()
             if interval is not None and (step % interval == 0 or step == last):
                 _save(run, trainer, step)
+
+
+def _evaluate(run: PreparedRun, graded: GradedGeneration | None, step: int) -> tuple[Metrics, list[str]]:
+    """The metrics of an evaluation with the weights after `step`, and lines about them; nothing if none is due."""
+    last = run.config.schedule.train_iters
+    if not run.config.evaluation.due_after(step, last):
+        return {}, []
+    assert graded is not None, "TrainConfig refuses --eval-data without an engine"
+    metrics, lines = evaluate_now(run.eval_sets, graded)
+    return metrics, [f"step {step:3d}/{last}  {line}" for line in lines]
+
+
+def _report(tracker: Tracker | None, bar: tqdm, metrics: Metrics, lines: list[str]) -> None:
+    if tracker is not None:
+        tracker.log(metrics)
+        for line in lines:
+            bar.write(line)
 
 
 def _save(run: PreparedRun, trainer: Trainer, step: int) -> None:

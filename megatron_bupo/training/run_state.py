@@ -193,14 +193,17 @@ def find_start(run: RunConfig, identity: RunIdentity, watched: bool = True) -> S
 
 
 def cut_metrics(save: Path, step: int) -> None:
-    """Remove the lines of metrics.jsonl after `step`: the run takes those steps again. Written beside and renamed."""
+    """Remove the lines of metrics.jsonl after `step`: the run takes those steps again. Written beside and renamed.
+
+    A run that begins again (step 0) is evaluated again before its first step too.
+    """
     path = save / "metrics.jsonl"
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         # A kill can leave half a line at the end; its step is taken again.
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        if not line.endswith("\n") or step == 0 or json.loads(line)["step"] > step:
             break
         kept.append(line)
     with new_file(path) as beside:

@@ -32,7 +32,7 @@ class Tracker:
         if board:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(board, purge_step=done + 1)
+            self._board = SummaryWriter(board, purge_step=done + 1 if done else 0)
             add_first_page(self._board)
 
     def write_run(self, run: dict[str, Any]) -> None:

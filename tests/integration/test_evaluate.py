@@ -275,6 +275,15 @@ def test_comparison(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_a_comparison_says_what_else_differs(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(out / "one"), str(out / "run")]) == 0
+    assert "not the same" not in capsys.readouterr().out
+    assert main(["evaluate", "--compare", str(out / "one"), str(out / "greedy")]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not the same: ")]
+    assert notes == ["not the same: policy: full and layer:2", "not the same: temperature: 1.0 and 0.0001"]
+
+
 def test_results_that_cannot_be_compared(
     out: Path, inputs: Path, tmp_path: Path, refused: Callable[[list[str]], str]
 ) -> None:

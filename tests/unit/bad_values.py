@@ -125,6 +125,13 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
     "num-prompts": [("0", "must be at least 1")],
     "heatmap-response": [("0", "must be at least 1")],
     "flow": [("", "must not be empty")],
+    "eval-data": [
+        ("no.jsonl", "is not there"),
+        ("no.csv", "must end in .parquet, .jsonl or .json"),
+        ("", "not be empty"),
+    ],
+    "eval-interval": [("0", "must be at least 1"), ("5", "goes only with --eval-data")],
+    "eval-n-samples": [("0", "must be at least 1"), ("2", "goes only with --eval-data")],
     "preset": [("papers", "must be one of paper, paper-pass-at-k"), ("", "must not be empty")],
     "k": [("0", "must be at least 1"), ("2", "there are 1 samples a question")],
     "compare": [("one", "give two results, not 1"), ("", "must not be empty")],

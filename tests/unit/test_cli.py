@@ -140,6 +140,20 @@ def test_combinations_of_evaluate(words: dict[str, list[str]], tmp_path: Path) -
     assert "already holds evaluation.json" in refusal("evaluate", given)
 
 
+def test_evaluation_while_training(words: dict[str, list[str]], tmp_path: Path) -> None:
+    data, more = str(tmp_path / "data.jsonl"), tmp_path / "more"
+    assert "--eval-data: two files are named data" in refusal("train", [*words["train"], "--eval-data", data, data])
+    more.mkdir()
+    replay = ["--hf-model", str(tmp_path), "--train-iters", "5", "--load-rollouts", str(more), "--eval-data", data]
+    assert f"--eval-data {data}: a replay (--load-rollouts) has no engine" in refusal("train", replay)
+    given: Any = parse("train", [*words["train"], "--eval-data", data, "--eval-interval", "2"])
+    assert [step for step in range(6) if given.evaluation.due_after(step, last=5)] == [0, 2, 4, 5]
+    ends: Any = parse("train", [*words["train"], "--eval-data", data])
+    assert [step for step in range(6) if ends.evaluation.due_after(step, last=5)] == [0, 5]
+    never: Any = parse("train", words["train"])
+    assert not any(never.evaluation.due_after(step, last=5) for step in range(6))
+
+
 def test_layouts_of_evaluate(words: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The local engine alone has the whole model in every process; --load reads it in a layout."""
     monkeypatch.setenv("WORLD_SIZE", "2")

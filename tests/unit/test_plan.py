@@ -250,6 +250,7 @@ def test_a_dry_run_needs_config_json_alone(model: Path, tmp_path: Path, capsys: 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
     words = ["train", "--hf-model", str(folder), "--prompt-data", str(tmp_path / "prompts.jsonl")]
     words += ["--train-iters", "1", "--internal-layer", "2", "--internal-steps", "1"]
+    words += ["--eval-data", str(tmp_path / "prompts.jsonl")]
     assert main([*words, "--dry-run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{folder}: no weights there")
