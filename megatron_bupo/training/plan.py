@@ -32,6 +32,7 @@ def describe_plan(
             f"  {_layout(config, arch, world_size)}",
             "rollouts",
             f"  {_rollouts(config)}",
+            f"  {_batches(config)}",
             "memory on the fullest rank, estimated (GB = 10^9 bytes)",
             *_memory(config, arch, schedule, world_size),
             "files that would be written",
@@ -76,6 +77,16 @@ def _rollouts(config: TrainConfig) -> str:
         return "the embedded engine, in every process"
     where = " ".join(servers.sglang_url or []) or f"{servers.sglang_num_servers} launched with the run"
     return f"SGLang servers: {where}; weights by {servers.weight_sync}"
+
+
+def _batches(config: TrainConfig) -> str:
+    rollout = config.rollout
+    responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+    size = config.batch.global_batch_size or responses
+    return (
+        f"{responses} responses a step ({rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt}), in "
+        f"{responses // size} optimizer step(s) of {size}"
+    )
 
 
 def _memory(config: TrainConfig, arch: Architecture, schedule: PolicySchedule, world_size: int) -> Iterator[str]:
