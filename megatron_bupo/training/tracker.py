@@ -52,7 +52,8 @@ class Tracker:
         if self._board is None:
             return
         step = metrics["step"]
-        self._board.add_scalar("trained_layer", PolicySpec.parse(metrics["phase"]).layer or 0, step)
+        if "phase" in metrics:  # not where the model is evaluated before the first step
+            self._board.add_scalar("trained_layer", PolicySpec.parse(metrics["phase"]).layer or 0, step)
         for name, value in metrics.items():
             if isinstance(value, list):
                 value = sum(value) / len(value)
