@@ -49,7 +49,7 @@ class QuestionSet:
         for file, prompting in zip(files, Prompting.read_each(config, arch, [[file] for file in files]), strict=True):
             used = replace(prompting, prompts=prompting.prompts.first(num_questions))
             rows = [row["prompt"] for _, row in read_rows(Path(file))]
-            keys = [_key(rows[prompt.index], prompt.answer) for prompt in used.prompts.prompts]
+            keys = [question_key(rows[prompt.index], prompt.answer) for prompt in used.prompts.prompts]
             name = Path(file).stem
             sets.append(cls(name, used, keys, num_samples(name)))
         return sets
@@ -63,7 +63,7 @@ class QuestionSet:
         return make_requests(self.prompting.prompts.prompts, STEP, self.num_samples)
 
 
-def _key(question: Any, answer: str | None) -> str:
+def question_key(question: Any, answer: str | None) -> str:
     if isinstance(question, list):  # parquet gives every message every key of the column
         question = [{key: value for key, value in message.items() if value is not None} for message in question]
     return hashlib.sha256(json.dumps([question, answer], sort_keys=True, default=str).encode()).hexdigest()[:16]
