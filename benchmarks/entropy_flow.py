@@ -24,6 +24,7 @@ HuggingFace loop exp()'s slow underflows on the CPU: --hf-model has real ones.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -257,6 +258,10 @@ def compare(args: argparse.Namespace, hf_model: Any, folder: str, name_of_model:
     for name in set(runs) - {"megatron_bupo"}:
         apart = float((results[name] - results["megatron_bupo"]).abs().max())
         print(f"mean entropies of megatron_bupo and {name}: at most {apart:.1e} nats apart")
+    if args.json:
+        seconds = {name: statistics.median(call.seconds for call in taken[1:]) for name, taken in calls.items()}
+        apart = {name: float((result - results["megatron_bupo"]).abs().max()) for name, result in results.items()}
+        args.json.write_text(json.dumps({"tokens": num_tokens, "seconds": seconds, "nats_apart": apart}, indent=2))
 
 
 def print_table(calls: dict[str, list[Call]], num_tokens: int) -> None:
@@ -284,6 +289,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--skip-huggingface", action="store_true")
+    parser.add_argument("--json", type=Path, help="a file for the numbers")
     parser.add_argument("--published", action="store_true", help="the published script's way too")
     args = parser.parse_args()
     if args.layers is not None and args.shape is None:

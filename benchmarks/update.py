@@ -33,8 +33,9 @@ import torch
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.samples import Rollout
 
-# Takes a policy and the number of optimizer steps; returns the gradient norm of the first one.
-Update = Callable[[PolicySpec, int], float]
+# Takes a policy and the number of optimizer steps; returns the gradient norm of the first one and, of ours, norms_s:
+# what measuring update_norm and master_drift took.
+Update = Callable[[PolicySpec, int], dict[str, float]]
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "vocab_size": 151936,
@@ -90,9 +91,10 @@ def ours(args: argparse.Namespace) -> Update:
     values = compute_advantages(load_estimator("grpo"), "grpo", rollouts)
     objective = make_objective(AlgorithmConfig(), args.response_length)
 
-    def update(spec: PolicySpec, count: int) -> float:
+    def update(spec: PolicySpec, count: int) -> dict[str, float]:
+        actor.norms.begin(1)
         mini_batches = [
-            pack_for(state, part, max_tokens=args.responses * args.length, offset=offset)
+            pack_for(state, part, max_tokens=args.max_tokens or args.responses * args.length, offset=offset)
             for offset, part in split_mini_batches(rollouts, args.responses // count)
         ]
         for batch in (batch for batches in mini_batches for batch in batches):
@@ -101,7 +103,9 @@ def ours(args: argparse.Namespace) -> Update:
             for batch, output in zip(batches, actor.score(batches, [spec], 1.0)[spec], strict=True):
                 batch.columns.keep_old(output.logprobs, output.entropy)
         updates = [actor.update(batches, spec, objective, lr=1e-6, temperature=1.0) for batches in mini_batches]
-        return updates[0].grad_norm
+        started = now()
+        actor.norms.movement()
+        return {"grad_norm": updates[0].grad_norm, "norms_s": now() - started}
 
     return update
 
@@ -130,7 +134,7 @@ def plain_huggingface(args: argparse.Namespace) -> Update:
             both[name] = logs[:, :-1].gather(2, ids[part, 1:, None])[..., 0][:, -args.response_length :]
         return both["full" if spec.is_full else "internal"]
 
-    def update(spec: PolicySpec, count: int) -> float:
+    def update(spec: PolicySpec, count: int) -> dict[str, float]:
         size = args.responses // count
         parts = [slice(start, start + size) for start in range(0, args.responses, size)]
         with torch.no_grad():
@@ -143,7 +147,7 @@ def plain_huggingface(args: argparse.Namespace) -> Update:
             (-gain.mean()).backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             optimizer.step()
-        return float(norms[0])
+        return {"grad_norm": float(norms[0])}
 
     return update
 
@@ -158,12 +162,17 @@ def serve(args: argparse.Namespace) -> None:
     for line in sys.stdin:
         policy, count = line.split()
         restart_peak()
-        started = time.perf_counter()
-        norm = update(PolicySpec.parse(policy), int(count))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "peak_mb": peak_mb(), "grad_norm": norm}), flush=True)
+        started = now()
+        answer = update(PolicySpec.parse(policy), int(count))
+        seconds = now() - started - answer.get("norms_s", 0.0)
+        print(json.dumps({"seconds": seconds, "peak_mb": peak_mb(), **answer}), flush=True)
+
+
+def now() -> float:
+    """Seconds, after everything that was started has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def restart_peak() -> None:
@@ -183,6 +192,7 @@ def peak_mb() -> float:
 def start(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
     numbers = ("hf_model", "layer", "responses", "length", "response_length", "threads")
     words = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in numbers] + ["--bf16"] * args.bf16
+    words += [f"--max-tokens={args.max_tokens}"] if args.max_tokens else []
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
         [sys.executable, __file__, f"--serve={name}", *words],
@@ -197,7 +207,10 @@ def ask(child: subprocess.Popen[str], spec: str, updates: int) -> dict[str, Any]
     assert child.stdin is not None and child.stdout is not None
     child.stdin.write(f"{spec} {updates}\n")
     child.stdin.flush()
-    answer: dict[str, Any] = json.loads(child.stdout.readline())
+    line = child.stdout.readline()
+    if not line:
+        sys.exit(f"a child ended without an answer for {spec}: its error is above")
+    answer: dict[str, Any] = json.loads(line)
     return answer
 
 
@@ -214,6 +227,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--phases", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--updates", type=int, nargs="+", default=[1, 4], help="optimizer steps on a rollout batch")
+    parser.add_argument("--max-tokens", type=int, help="of a micro-batch of ours (default: all responses are one)")
+    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="measure one of the two")
+    parser.add_argument("--json", type=Path, help="a file for the numbers")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--serve", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -232,7 +248,8 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, name_of_model: str) -> None:
     """Let the implementations take turns, and print what they took."""
-    children = {name: start(name, args) for name in IMPLEMENTATIONS}
+    children = {name: start(name, args) for name in IMPLEMENTATIONS if args.only in (None, name)}
+    taken: list[dict[str, Any]] = []
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} thread(s)"
     print(f"{name_of_model}, {'bf16' if args.bf16 else 'fp32'}, {place}")
     print(f"{args.responses} x {args.length} tokens ({args.response_length} response), {args.rounds} rounds")
@@ -249,11 +266,18 @@ def compare(args: argparse.Namespace, name_of_model: str) -> None:
             seconds = statistics.median(answer["seconds"] for answer in answers[1:])
             peak = max(answer["peak_mb"] for answer in answers)
             medians[name] = (seconds, peak)
+            norms = {"norms_s": statistics.median(a["norms_s"] for a in answers[1:])} if "norms_s" in answers[0] else {}
+            found = {"seconds": seconds, "peak_mb": peak, "grad_norm": answers[0]["grad_norm"], **norms}
+            taken.append({"policy": spec, "updates": count, "implementation": name, **found})
             print(f"{case}{name:<16}{seconds:>9.2f}{peak:>10.0f}{answers[0]['grad_norm']:>12.5f}", flush=True)
+        if args.only:
+            continue
         (our_seconds, our_peak), (their_seconds, their_peak) = (medians[name] for name in IMPLEMENTATIONS)
         ratio, share = their_seconds / our_seconds, our_peak / their_peak
         tokens_per_s = args.responses * args.length / our_seconds
         print(f"{case}{ratio:.2f}x as fast, {share:.0%} of the peak, {tokens_per_s:.0f} tokens/s", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(taken, indent=2))
     for child in children.values():
         assert child.stdin is not None
         child.stdin.close()
