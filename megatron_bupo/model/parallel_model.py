@@ -73,6 +73,10 @@ class ParallelModel:
             for spec in specs
         }
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model in HuggingFace's names and layout, whole, on every rank in the same order."""
+    def hf_tensors(self, since: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model in HuggingFace's names and layout, whole, on every rank in the same order.
+
+        Args:
+            since: a version of the weights: those that are the same in it may be left out.
+        """
         return hf_tensors(self.named_parameters(), self.arch, self.state.tp_group, self.state.pp_group)

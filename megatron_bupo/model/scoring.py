@@ -54,8 +54,8 @@ class ModelForEngine:
         self._model: ParallelModel | None = model
         self._max_tokens = max_tokens
 
-    def hf_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        return self._held().hf_tensors()
+    def hf_tensors(self, since: str | None = None) -> Iterable[tuple[str, Tensor]]:
+        return self._held().hf_tensors(since)
 
     def logprobs(self, tokens: list[int]) -> list[float]:
         rollout = Rollout(group=0, prompt_tokens=tokens[:1], response_tokens=tokens[1:])

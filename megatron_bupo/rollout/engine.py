@@ -65,8 +65,12 @@ class Generation:
 class TrainedModel(Protocol):
     """The model in training, as an engine uses it. Every call is a collective: all ranks take part in it."""
 
-    def hf_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """HuggingFace names and full (unsharded) tensors, always in the same order. A tied unembedding is not sent."""
+    def hf_tensors(self, since: str | None = None) -> Iterable[tuple[str, Tensor]]:
+        """HuggingFace names and full (unsharded) tensors, always in the same order. A tied unembedding is not sent.
+
+        `since` is a version that the engine took over from this model: tensors that have not changed since then may be
+        left out, as those that an internal policy does not train.
+        """
 
     def logprobs(self, tokens: list[int]) -> list[float]:
         """Log-probs of tokens[1:], each given what precedes it: full policy, temperature 1, nats."""

@@ -26,10 +26,10 @@ class LedModel:
         self._model, self._state = model, state
         self._stream: Iterator[tuple[str, Tensor]] | None = None
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, since: str | None = None) -> Iterator[tuple[str, Tensor]]:
         """See TrainedModel. A caller may stop in the middle: the rest is drawn before the next announcement."""
-        self._announce("hf_tensors")
-        self._stream = iter(self._model.hf_tensors())
+        self._announce("hf_tensors", since)
+        self._stream = iter(self._model.hf_tensors(since))
         return self._stream
 
     def logprobs(self, tokens: list[int]) -> list[float]:
@@ -67,5 +67,5 @@ class LedModel:
             if call == "logprobs":
                 self._model.logprobs(argument)
             else:
-                for _ in self._model.hf_tensors():
+                for _ in self._model.hf_tensors(argument):
                     continue

@@ -61,6 +61,7 @@ class LocalEngine(RolloutEngine):
         self._device = device
         self._max_batch_size = max_batch_size
         self._version = "0"
+        self._taken_from: TrainedModel | None = None
 
     def generate(
         self, requests: list[GenerationRequest], params: SamplingParams, progress: Progress | None = None
@@ -78,19 +79,23 @@ class LocalEngine(RolloutEngine):
 
     @torch.no_grad()
     def update_weights(self, model: TrainedModel, version: str) -> None:
-        """See `RolloutEngine.update_weights`. Casts to the engine's dtype; tensors of removed layers are ignored."""
+        """See `RolloutEngine.update_weights`. Casts to the engine's dtype; tensors of removed layers are ignored.
+
+        After the first time only what has changed is asked for.
+        """
         assert self._model is not None, "the engine is closed"
+        since = self._version if model is self._taken_from else None
         held = dict(self._model.named_parameters())
         seen = set()
-        for name, tensor in model.hf_tensors():
+        for name, tensor in model.hf_tensors(since):
             assert name in self._names, f"weight update: unexpected {name}"
             assert name not in seen, f"weight update: {name} came twice"
             seen.add(name)
             if name in held:
                 assert held[name].shape == tensor.shape, f"weight update: {name} has shape {tuple(tensor.shape)}"
                 held[name].copy_(tensor)
-        assert seen == self._names, f"weight update: missing {sorted(self._names - seen)}"
-        self._version = version
+        assert since is not None or seen == self._names, f"weight update: missing {sorted(self._names - seen)}"
+        self._version, self._taken_from = version, model
 
     @torch.no_grad()
     def top_tokens(self, prompt: list[int], response: list[int], k: int, temperature: float) -> tuple[Tensor, Tensor]:

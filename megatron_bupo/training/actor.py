@@ -30,9 +30,10 @@ from megatron_bupo.rl.loss import LossInputs
 from megatron_bupo.rl.objective import Objective
 from megatron_bupo.samples import MicroBatch
 from megatron_bupo.training.norms import ParameterNorms
-from megatron_bupo.training.optimizer import PhaseOptimizer
+from megatron_bupo.training.optimizer import PhaseOptimizer, trains
 from megatron_bupo.training.optimizer_state import OptimizerState, steps_of
 from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.sharding import hf_tensors
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Actor(ParallelModel):
             dtype,
             lambda name: steps_of(self._table.local_name(name), steps) if steps else 0,
         )
+        self._trained_since: dict[str | None, set[PolicySpec]] = {}
         self.norms = ParameterNorms(
             self.named_parameters(),
             specs,
@@ -121,6 +123,18 @@ class Actor(ParallelModel):
     def kernels(self) -> dict[str, str]:
         """As ParallelModel's, and the optimizer's."""
         return super().kernels() | {"optimizer": library_of(self.optimizer.kind)}
+
+    def name_weights(self, version: str) -> None:
+        """Give the present weights a name, by which `hf_tensors` knows what has changed since."""
+        self._trained_since[version] = set()
+
+    def hf_tensors(self, since: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """As of ParallelModel; with the name of earlier weights only what a policy has trained since."""
+        specs = self._trained_since.get(since)
+        groups = self.state.tp_group, self.state.pp_group
+        # Without a step nothing has changed, but an engine expects something.
+        wanted = None if not specs else lambda name: any(trains(spec, name) for spec in specs)
+        return hf_tensors(self.named_parameters(), self.arch, *groups, wanted)
 
     def optimizer_state(self) -> OptimizerState:
         """What Adam keeps, to be saved or restored."""
@@ -165,6 +179,8 @@ class Actor(ParallelModel):
         finalize_model_grads(self._wrapped, count)
         self.norms.keep(spec)  # the activations are gone: with one update a step this takes their memory
         grad_norm = self.optimizer.step(spec, lr)
+        for specs in self._trained_since.values():
+            specs.add(spec)
         return UpdateResult(sums.pop("loss") / max(sums.pop("count"), 1), grad_norm, sums)
 
     @contextmanager

@@ -61,7 +61,7 @@ def train(run: PreparedRun, source: RolloutSource, state: ParallelState) -> None
             print(f"{start.folder}: going on after step {start.done}")
     try:
         # The engine may have weights of another run.
-        source.update_weights(trainer.model_for_engine, version=str(start.done))
+        trainer.send_weights(str(start.done))
         _take_steps(run, trainer, graded)
     finally:
         if tracker is not None:

@@ -84,7 +84,7 @@ class Trainer:
         with self._timed("norms"):
             movement = self.actor.norms.movement()
         with self._timed("weight_sync"):
-            self.source.update_weights(self.model_for_engine, version=str(step))
+            self.send_weights(str(step))
         seconds = batch.seconds | self._seconds | {"step": time.perf_counter() - started}
         metrics = {
             "step": step,
@@ -102,6 +102,11 @@ class Trainer:
         if taken := metrics.keys() & reported.keys():
             raise taken_name(self.objective.name, min(taken))
         return metrics | reported
+
+    def send_weights(self, version: str) -> None:
+        """Give the engine the present weights, by a name that no other weights of the run have. Collective."""
+        self.actor.name_weights(version)
+        self.source.update_weights(self.model_for_engine, version)
 
     def _score(self, mini_batches: list[list[MicroBatch]], spec: PolicySpec) -> None:
         """Give the micro-batches their old log-probs, and the reference's where the objective needs them.

@@ -6,7 +6,7 @@ model, in every pipeline stage and virtual stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -67,8 +67,11 @@ def hf_tensors(
     arch: Architecture,
     tp_group: dist.ProcessGroup | None = None,
     pp_group: dist.ProcessGroup | None = None,
+    wanted: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The whole model as HuggingFace tensors, one after the other, the same on every rank and in every layout.
+
+    `wanted` takes a parameter's name under the local spec, and says the same on every rank: others are left out.
 
     Order: embedding, layers, final norm, unembedding. Tensors are on the parameters' device, in their dtype; they may
     be the parameters' own memory. A collective: every rank of both groups must draw all of them.
@@ -81,9 +84,9 @@ def hf_tensors(
     pp_rank = 0 if pp_group is None else dist.get_rank(pp_group)
     device = next(iter(params.values())).device if params else torch.device("cpu")
     for mapping, layer in table:
-        if not mapping.export:
-            continue
         name = mapping.megatron_name(layer)
+        if not mapping.export or (wanted is not None and not wanted(name)):
+            continue
         assert name in owners, f"no pipeline stage has {name}"
         if owners[name] == pp_rank:
             shards = _gather(mapping, params[name], tp_size, tp_group)

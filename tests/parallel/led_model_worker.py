@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,14 @@ def main() -> None:
         from megatron_bupo.model.scoring import ModelForEngine
 
         model = ParallelModel(read_architecture(folder), HFWeights(folder), config.parallel, state, torch.float32)
-        led = LedModel(ModelForEngine(model, max_tokens=64), state)
+        asked: list[str | None] = []
+
+        class Noting(ModelForEngine):
+            def hf_tensors(self, since: str | None = None) -> Iterable[tuple[str, Tensor]]:
+                asked.append(since)
+                return super().hf_tensors(since)
+
+        led = LedModel(Noting(model, max_tokens=64), state)
         seen: dict[str, Tensor] = {}
 
         def leave_early() -> str:
@@ -45,7 +52,7 @@ def main() -> None:
             return f"rank {state.rank}"
 
         def use_all() -> list[float]:
-            seen.update({name: tensor.clone() for name, tensor in led.hf_tensors()})
+            seen.update({name: tensor.clone() for name, tensor in led.hf_tensors("7")})
             return led.logprobs(TOKENS)
 
         def in_another_thread() -> list[float]:
@@ -61,6 +68,7 @@ def main() -> None:
 
         assert led.run(leave_early) == "rank 0", "the work runs on the first rank, its answer reaches all"
         found = led.run(use_all)
+        assert asked == [None, "7"], "on every rank"
         check_against_hf(folder, seen, found, is_first=state.rank == 0)
         check_failure(lambda: led.run(fail), ValueError if state.rank == 0 else RankFailed, "half-way")
         assert led.run(in_another_thread) == found, "after a failure the ranks are still in step"

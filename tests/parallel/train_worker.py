@@ -126,17 +126,47 @@ def check_norms(metrics: dict[str, Any], before: dict[str, torch.Tensor], after:
     return [f"update_norm/{part}: {found[part]} instead of {expected[part]}" for part in wrong]
 
 
+def in_megatron(name: str) -> str:
+    """As much of a HuggingFace name in Megatron's words as `not_trained` looks at."""
+    words = {"model.": "decoder.", "decoder.norm": "decoder.final_layernorm", "post_attention": "pre_mlp"}
+    for hf, megatron in words.items():
+        name = name.replace(hf, megatron)
+    return name
+
+
+def check_what_changed(
+    trainer: Any, case: dict[str, Any], step: int, versions: list[dict[str, torch.Tensor]]
+) -> list[str]:
+    """The tensors since each earlier version are those that changed, and make the present ones of it."""
+    problems = []
+    for since, earlier in enumerate(versions[:-1]):
+        sent = {name: value.cpu().clone() for name, value in trainer.actor.hf_tensors(str(since))}
+        rebuilt = earlier | sent
+        if not all(torch.equal(rebuilt[name], value) for name, value in versions[-1].items()):
+            problems.append(f"step {step}: what was sent since {since} does not give the present weights")
+        if step <= 2 and case["internal_first"]:
+            module, layer = case["schedule"].split("x")[0].split(":")
+            spelled = {name: in_megatron(name) for name in earlier}
+            untouched = not_trained(module, int(layer), set(spelled.values()))
+            above = {name for name in earlier if spelled[name] in untouched}
+            if sent.keys() != earlier.keys() - above:
+                problems.append(f"step {step}: {sorted(sent)} were sent since {since}, but {sorted(above)} are above")
+    return problems
+
+
 def run_case(case: dict[str, Any], cases: Path, variant: str, flags: list[str], state: ParallelState) -> list[str]:
     config = config_for(cases, case["model"], case["schedule"], [*flags, *VARIANTS[variant](flags)])
     trainer = build(config, state)
     before = {name: param.detach().clone() for name, param in trainer.actor.named_parameters()}
-    weights, interval = exported(trainer), config.monitor.norms_interval
+    trainer.send_weights("0")
+    versions, interval = [exported(trainer)], config.monitor.norms_interval
     problems = []
     for step in range(1, 6):
         metrics = trainer.step(step)
-        earlier, weights = weights, exported(trainer)
+        versions.append(exported(trainer))
+        problems += check_what_changed(trainer, case, step, versions)
         if step % interval == 0:
-            problems += [f"step {step} {line}" for line in check_norms(metrics, earlier, weights)]
+            problems += [f"step {step} {line}" for line in check_norms(metrics, *versions[-2:])]
         elif any("update_norm" in name for name in metrics):
             problems.append(f"step {step} has norms, with an interval of {interval}")
         if step == 2 and case["internal_first"]:
@@ -148,9 +178,9 @@ def run_case(case: dict[str, Any], cases: Path, variant: str, flags: list[str], 
                     problems.append(f"step {step} {name}: {got} instead of {expected}")
         if not abs(metrics["entropy"] - case["entropy"][step - 1]) < 1e-5:
             problems.append(f"step {step} entropy: {metrics['entropy']} instead of {case['entropy'][step - 1]}")
-    worst = {name: float((value - case["state"][name]).abs().max()) for name, value in weights.items()}
+    worst = {name: float((value - case["state"][name]).abs().max()) for name, value in versions[-1].items()}
     problems += [f"{name}: parameters off by {value:.1e}" for name, value in worst.items() if not value < 1e-5]
-    missing = case["state"].keys() - weights.keys() - {"lm_head.weight" if case["tied"] else ""}
+    missing = case["state"].keys() - versions[-1].keys() - {"lm_head.weight" if case["tied"] else ""}
     problems += [f"{name}: not exported" for name in missing]
     return problems
 

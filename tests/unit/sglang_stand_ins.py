@@ -37,6 +37,7 @@ class StandIns:
         broken_pushes: so many of the next pushes fail in the middle.
         refuses_pushes: workers at which every push fails.
         events: ("recover", "push" or "router", indices of the workers), in the order of time.
+        since: of each push, the version since which changed tensors are sent.
     """
 
     def __init__(self, count: int) -> None:
@@ -51,6 +52,7 @@ class StandIns:
         self.may_recover = threading.Event()
         self.may_recover.set()
         self.events: list[tuple[str, list[int]]] = []
+        self.since: list[str | None] = []
         self.engines: list[SGLangEngine] = []
 
     def engine(
@@ -88,10 +90,13 @@ class StandIns:
         fake.restart()
         fake.version, endpoint.router = weights, SGLangClient(fake.url)
 
-    def push(self, workers: Sequence[Worker], model: Any, version: str) -> None:
+    def push(self, workers: Sequence[Worker], model: Any, version: str, since: str | None) -> None:
         assert threading.current_thread() is threading.main_thread(), "the trainer's collectives are its own thread's"
         assert model is MODEL
         self.events.append(("push", [worker.index for worker in workers]))
+        self.since.append(since)
+        held = {self.fakes[worker.index].version.partition("-")[2] for worker in workers}
+        assert since is None or held == {since}, "a server that lacks them would keep old weights"
         for worker in workers:
             worker.version = None
         for worker in workers:

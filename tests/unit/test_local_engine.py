@@ -203,7 +203,7 @@ def test_noise_is_gumbel_and_finite_in_the_tail() -> None:
 
 def _trained(tensors: list[tuple[str, torch.Tensor]]) -> Any:
     """A model in training that is these tensors: the embedded engine asks for nothing more."""
-    return SimpleNamespace(hf_tensors=lambda: tensors)
+    return SimpleNamespace(hf_tensors=lambda since=None: tensors)
 
 
 def test_weights_are_replaced_by_name(folder: Path, tmp_path: Path) -> None:
@@ -220,6 +220,31 @@ def test_weights_are_replaced_by_name(folder: Path, tmp_path: Path) -> None:
         assert {g.weight_version for g in before} == {"0"} and {g.weight_version for g in after} == {"17"}
         assert [g.tokens for g in before] != [g.tokens for g in after]
         _close(after, _engine(other, policy).generate(requests, _params()))
+
+
+def test_after_the_first_time_only_changed_weights_are_asked_for(qwen3: Path) -> None:
+    weights = {name: tensor.detach() for name, tensor in _reference(qwen3).named_parameters()}
+    engine, asked = _engine(qwen3), list[str | None]()
+
+    def model(changed: dict[str, torch.Tensor]) -> Any:
+        def tensors(since: str | None = None) -> list[tuple[str, torch.Tensor]]:
+            asked.append(since)
+            return list((weights if since is None else changed).items())
+
+        return SimpleNamespace(hf_tensors=tensors)
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    first, other = model({name: 2 * weights[name]}), model({})
+    requests = make_requests(PROMPTS, step=1, num_samples=2)
+    for number in (1, 2):
+        engine.update_weights(first, str(number))
+    found = engine.generate(requests, _params())
+    engine.update_weights(other, "2")  # another model may have other weights of that name
+    assert asked == [None, "1", None]
+    doubled = _engine(qwen3)
+    doubled.update_weights(_trained([*(weights | {name: 2 * weights[name]}).items()]), "2")
+    assert found == doubled.generate(requests, _params())
+    assert found != engine.generate(requests, _params())
 
 
 def _names(folder: Path) -> set[str]:

@@ -10,7 +10,7 @@ from megatron_bupo.model.scoring import ModelForEngine
 
 
 class Model:
-    def hf_tensors(self) -> Any:
+    def hf_tensors(self, since: str | None = None) -> Any:
         return iter(())
 
 

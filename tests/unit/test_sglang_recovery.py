@@ -88,6 +88,27 @@ def test_a_failed_server_delays_no_other_and_gets_the_weights_when_it_is_back(ma
     assert sorted(stand_ins.events[4:]) == [("push", [0]), ("recover", [1])]
 
 
+def test_only_servers_that_hold_one_version_get_what_changed_since(make: Callable[[int], StandIns]) -> None:
+    stand_ins = make(2)
+    engine = stand_ins.engine()
+    for version in ("1", "2", "3"):
+        engine.update_weights(MODEL, version)
+    assert stand_ins.since == [None, "1", "2"]
+    # One is restarted while responses are generated, another one behind the engine's back before an update.
+    stand_ins.fakes[0].kill()
+    stand_ins.fakes[1].may_answer = lambda: ("push", [0]) in stand_ins.events
+    engine.generate(some_requests(4), PARAMS)
+    engine.update_weights(MODEL, "4")
+    assert stand_ins.since[3:] == [None, "3"]
+    stand_ins.fakes[1].version = "default"
+    engine.update_weights(MODEL, "5")
+    # A push fails: what the servers hold is unknown, and all is sent again.
+    stand_ins.broken_pushes = 1
+    with pytest.warns(UserWarning, match="weights 6 are sent again"):
+        engine.update_weights(MODEL, "6")
+    assert stand_ins.since[5:] == [None, "5", None]
+
+
 def test_a_recovery_under_way_is_not_begun_again(make: Callable[[int], StandIns]) -> None:
     stand_ins = make(1)
     recovery = Recovery(cast(Any, stand_ins), 2.0)

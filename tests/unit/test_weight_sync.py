@@ -16,22 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bupo.architectures.table import table_for
 from megatron_bupo.rollout.sglang.weight_sync.calls import SyncError, buckets
 from megatron_bupo.rollout.sglang.weight_sync.checks import ExpectedWeights
 from megatron_bupo.rollout.sglang.weight_sync.distributed import local_address
 from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
 from megatron_bupo.rollout.sglang.weight_sync.tensor import serialize
-from tests.unit.tiny_hf import hf_state, save_tiny
+from tests.unit.tiny_hf import tensors_in_order
 from tests.unit.weight_sync_fakes import LOGPROBS, VOCAB, FakeModel, FakeServer
 
 BRACKET = ["pause_generation", "flush_cache", "begin_weight_update"]
-
-
-def in_stream_order(family: str, tied: bool, folder: Path) -> dict[str, Tensor]:
-    model, arch = save_tiny(folder, family, tied)
-    state = hf_state(model)
-    return {name: state[name] for name in table_for(arch).hf_names()}
 
 
 def sync_of(method: Any = "tensor", *, tied: bool = True, size: int = 4000, folder: Path | None = None) -> WeightSync:
@@ -43,7 +36,7 @@ def sync_of(method: Any = "tensor", *, tied: bool = True, size: int = 4000, fold
 
 @pytest.fixture
 def tensors(tmp_path: Path) -> dict[str, Tensor]:
-    return in_stream_order("qwen3", True, tmp_path / "model")
+    return tensors_in_order("qwen3", True, tmp_path / "model")
 
 
 def test_buckets_are_bounded_and_in_order() -> None:
@@ -98,7 +91,7 @@ def test_a_message_holds_the_tensors_and_nothing_else() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_push_and_checks_of_every_family(family: str, tied: bool, tmp_path: Path) -> None:
-    tensors = in_stream_order(family, tied, tmp_path)
+    tensors = tensors_in_order(family, tied, tmp_path)
     server, model = FakeServer(tensors), FakeModel(tensors)
     worker, sync = server.worker(), sync_of(tied=tied)
     sync.push([worker], model, "7")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.architectures.families import families, read_architecture
+from megatron_bupo.architectures.table import table_for
 
 FAMILIES = tuple(families())
 
@@ -51,3 +52,10 @@ def save_tiny(
     model = tiny_model(family, tied)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model, read_architecture(folder)
+
+
+def tensors_in_order(family: str, tied: bool, folder: Path) -> dict[str, torch.Tensor]:
+    """Those of `save_tiny`, in the order in which a trainer sends them."""
+    model, arch = save_tiny(folder, family, tied)
+    state = hf_state(model)
+    return {name: state[name] for name in table_for(arch).hf_names()}

@@ -40,7 +40,7 @@ class FakeServer:
     def worker(self, name: str = "http://one:1", tp_size: int = 1) -> Any:
         client = SGLangClient(name, transport=httpx2.MockTransport(self._answer))
         info = SimpleNamespace(tp_size=tp_size, device="cpu")
-        return SimpleNamespace(client=client, info=info, name=name, version="old", checked=False)
+        return FakeWorker(client=client, info=info, name=name, version="old", checked=False)
 
     def _answer(self, request: httpx2.Request) -> httpx2.Response:
         call = request.url.path.strip("/")
@@ -108,12 +108,20 @@ def server_checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
     return found
 
 
+class FakeWorker(SimpleNamespace):
+    __hash__ = object.__hash__  # as a Worker has it
+
+
 class FakeModel:
+    """A trainer; `changed` names the tensors that it trained since a version."""
+
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors, self.asked = tensors, 0
+        self.changed: dict[str, set[str]] = {}
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.tensors.items()
+    def hf_tensors(self, since: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        wanted = self.changed[since] if since is not None else self.tensors.keys()
+        yield from ((name, tensor) for name, tensor in self.tensors.items() if name in wanted)
 
     def logprobs(self, tokens: list[int]) -> list[float]:
         self.asked += 1

@@ -104,7 +104,7 @@ class SGLangEngine(RolloutEngine):
         while sum(failure.worker not in left_out for failure in failures) < MAX_UPDATE_ATTEMPTS:
             workers = self._recovery.ready(thoroughly=bool(failures), without=left_out)
             try:
-                self._sync.push(workers, *self._weights)
+                self._push(workers)
                 return
             except SyncError as error:
                 warnings.warn(f"weights {version} are sent again: {error}", stacklevel=1)
@@ -119,6 +119,18 @@ class SGLangEngine(RolloutEngine):
             self._sync.close()
         finally:
             self._servers.close()
+
+    def _push(self, workers: list[Worker]) -> None:
+        """Give some servers the current weights, as far as they differ from those that all of them hold.
+
+        Raises:
+            SyncError: see WeightSync.push.
+        """
+        assert self._weights is not None
+        held = {worker.version if worker.checked else None for worker in workers}
+        token, _, version = (held.pop() or "").partition("-")
+        since = version if not held and token == self._token else None
+        self._sync.push(workers, *self._weights, since=since)
 
     def _leave_out(self, error: SyncError, left_out: set[Worker]) -> None:
         """Leave a server that keeps failing out of an update, unless it is the last: restarted if it is ours."""
@@ -135,11 +147,10 @@ class SGLangEngine(RolloutEngine):
         pushed: Future[None] = Future()
 
         def push() -> None:
-            assert self._weights is not None
             if not pushed.set_running_or_notify_cancel():
                 return  # the batch ended without them
             try:
-                self._sync.push(workers, *self._weights)
+                self._push(workers)
             except SyncError as error:
                 pushed.set_exception(error)
             else:

@@ -1,5 +1,7 @@
 """Under torchrun: in one layout, push changed weights to running servers in every way, and compare with HuggingFace.
 
+The second push of each way follows an internal phase: what that does not train is not sent, but by disk.
+
 Arguments: MODEL, a scratch folder, the servers' urls (with commas between), then the layout's flags. Prints one line a
 sync; exits 1 if any is off.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,17 @@ from megatron_bupo.config.commands import ScoreConfig
 from megatron_bupo.config.rollout import SGLangConfig
 from megatron_bupo.parallel.setup import ParallelState, parallel_state
 from megatron_bupo.parallel.shared_work import on_first_rank
+from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.rollout.led_model import LedModel
 from megatron_bupo.rollout.sglang.client import SGLangClient
 from megatron_bupo.rollout.sglang.servers import Servers
 from megatron_bupo.rollout.sglang.weight_sync.sync import WeightSync
 from megatron_bupo.rollout.sglang.worker import Worker
 from megatron_bupo.weights.hf_files import HFWeights
+from megatron_bupo.weights.sharding import hf_tensors
 from tests.unit.weight_sync_fakes import server_checksums
 
+INTERNAL = PolicySpec.parse("attn:2")
 METHODS = ("tensor", "distributed", "disk")
 SEQUENCE = [(5 + 17 * at + at * at) % 299 for at in range(40)]
 
@@ -40,24 +46,30 @@ def change(parameter: Tensor) -> None:
 
 
 def train_and_push(
-    sync: WeightSync, workers: list[Worker], model: Any, state: ParallelState, version: str, *, is_first: bool
+    sync: WeightSync, workers: list[Worker], model: Any, state: ParallelState, version: str, since: str | None
 ) -> list[str]:
     """On all ranks; `workers` on the first one. What is wrong after it, and the figures printed."""
-    for _, parameter in model.named_parameters():
-        change(parameter)
+    from megatron_bupo.training.optimizer import trains
+
+    for name, parameter in model.named_parameters():
+        if since is None or trains(INTERNAL, name):
+            change(parameter)
     from megatron_bupo.model.scoring import ModelForEngine
 
     led = LedModel(ModelForEngine(model, max_tokens=64), state)
     for worker in workers:
-        worker.checked = not is_first
+        worker.checked = since is not None
     started = time.perf_counter()
-    led.run(lambda: sync.push(workers, led, version))
-    seconds = time.perf_counter() - started
+    led.run(lambda: sync.push(workers, led, version, since))
+    seconds, asked = time.perf_counter() - started, model.asked[-1]
     tensors = {name: tensor.clone() for name, tensor in model.hf_tensors()}
 
     def compare() -> list[str]:
         print(f"{version}: pushed in {seconds:.2f} s", flush=True)
-        return problems_of(workers, str(sys.argv[1]), tensors, version)
+        problems = problems_of(workers, str(sys.argv[1]), tensors, version)
+        if asked != (None if "disk" in version else since):
+            problems.append(f"{version}: sent something else than what changed since {since}")
+        return problems
 
     return on_first_rank(state, compare)
 
@@ -107,9 +119,20 @@ def main() -> None:
     assert isinstance(config, ScoreConfig)
     with parallel_state(config.parallel, seed=1) as state:
         from megatron_bupo.model.parallel_model import ParallelModel
+        from megatron_bupo.training.optimizer import trains
+
+        class InInternalPhase(ParallelModel):
+            """Trains INTERNAL since any version."""
+
+            asked: list[str | None] = []  # noqa: RUF012
+
+            def hf_tensors(self, since: str | None = None) -> Iterator[tuple[str, Tensor]]:
+                self.asked.append(since)
+                wanted = None if since is None else lambda name: trains(INTERNAL, name)
+                return hf_tensors(self.named_parameters(), arch, state.tp_group, state.pp_group, wanted)
 
         arch = read_architecture(folder)
-        model = ParallelModel(arch, HFWeights(folder), config.parallel, state, torch.float32)
+        model = InInternalPhase(arch, HFWeights(folder), config.parallel, state, torch.float32)
         # Of its own: versions of another layout's syncs must not pass for this one's.
         layout = "".join(flags).replace("-", "") + f"x{state.world_size}"
         workers: list[Worker] = []
@@ -126,9 +149,11 @@ def main() -> None:
                 vocab_size=arch.vocab_size,
                 tied=arch.tied,
             )
-            for turn in range(2 if method == "distributed" else 1):  # its group is used again
+            since = None
+            for turn in range(2):  # a process group is used again
                 version = f"{layout}-{method}-{turn}"
-                problems += train_and_push(sync, workers, model, state, version, is_first=turn == 0)
+                problems += train_and_push(sync, workers, model, state, version, since)
+                since = version
             sync.close()
     if problems:
         sys.exit("\n".join(f"off: {problem}" for problem in problems))

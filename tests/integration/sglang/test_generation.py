@@ -35,7 +35,7 @@ class HFModel:
             parameter.add_(0.02 * torch.randn_like(parameter))
         self.model.get_input_embeddings().weight[EOS] *= 2  # so that it is drawn often after some tokens
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, since: str | None = None) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
 
     def logprobs(self, tokens: list[int]) -> list[float]:

@@ -112,14 +112,16 @@ class SyncMethod(ABC):
     Attributes:
         name: the value of --weight-sync.
         in_session: whether `send` has to stand between the begin and the end of an update, on servers that have these.
+        in_parts: whether a server keeps the tensors that it is not sent.
     """
 
     name: str
     in_session = True
+    in_parts = True
 
     @abstractmethod
     def send(self, attempt: Attempt, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Send the whole stream to every server; the last bucket sets the version."""
+        """Send the stream, all tensors or (`in_parts`) some, to every server; the last bucket sets the version."""
 
     def abandon(self) -> None:  # noqa: B027
         """Clean up after a push that failed."""

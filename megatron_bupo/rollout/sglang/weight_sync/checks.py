@@ -39,11 +39,13 @@ _MAX_DIFFERENCE_FP32, _MAX_MEAN_DIFFERENCE = 1e-3, 0.3
 class ExpectedWeights:
     """Names and checksums of a one-rank CPU server that holds the tensors passed to `add`, in the stream's order.
 
-    `by_value`: whether there is such a server. Of any other only the names are expected, and nothing is hashed.
+    Args:
+        by_value: whether there is such a server. Of any other only the names are expected, and nothing is hashed.
+        kept: `checksums` of what the server holds already, for a stream that has only some tensors.
     """
 
-    def __init__(self, tied: bool, by_value: bool = True) -> None:
-        self._tied, self._by_value = tied, by_value
+    def __init__(self, tied: bool, by_value: bool = True, kept: dict[str, str] | None = None) -> None:
+        self._tied, self._by_value, self._kept = tied, by_value, kept or {}
         self._hashes: dict[str, Any] = {}
         self._parts: dict[str, int] = {}
         self.dtype = torch.float32
@@ -66,7 +68,7 @@ class ExpectedWeights:
 
     def checksums(self) -> dict[str, str]:
         """By the server's names: the first 8 bytes of the sha256 of the raw bytes, in hex."""
-        return {name: running.hexdigest()[:16] for name, running in self._hashes.items()}
+        return self._kept | {name: running.hexdigest()[:16] for name, running in self._hashes.items()}
 
 
 def padded(name: str, tensor: Tensor) -> Tensor:
@@ -168,11 +170,11 @@ def _probe_problem(trainer: Tensor, server: Tensor, exact: bool) -> str | None:
     )
 
 
-def check_version(attempt: Attempt) -> None:
-    """Every server must say that it serves the version that was pushed. Raises SyncError."""
+def check_version(attempt: Attempt, version: str) -> None:
+    """Every server must say that it serves this version. Raises SyncError."""
     doing = "asking for the version"
     answers = attempt.on_all(doing, lambda worker: worker.client.get("/model_info", timeout_s=attempt.timeout_s))
     for worker, answer in zip(attempt.workers, answers, strict=True):
         found = answer.get("weight_version") if isinstance(answer, dict) else None
-        if found != attempt.version:
-            raise attempt.error(worker, doing, f"it serves version {found}")
+        if found != version:
+            raise attempt.error(worker, doing, f"it serves version {found} instead of {version}")

@@ -28,6 +28,7 @@ class FolderOnDisk(SyncMethod):
 
     name = "disk"
     in_session = False
+    in_parts = False  # the server loads a whole folder
 
     def __init__(self, folder: Path, hf_model: str) -> None:
         self._own, self._hf_model = folder.absolute(), hf_model

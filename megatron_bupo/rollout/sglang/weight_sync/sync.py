@@ -65,26 +65,45 @@ class WeightSync:
             assert method == "tensor", f"{method} is no way of weight sync"
             self._method = TensorMessages(bucket_bytes)
         self._timeout_s, self._vocab_size, self._tied = timeout_s, vocab_size, tied
+        # The version that was compared last, with its checksums, and the servers that were after a push of parts.
+        self._compared: str | None = None
+        self._checksums: dict[str, str] = {}
+        self._compared_in_parts: set[Worker] = set()
 
-    def push(self, workers: Sequence[Worker], model: TrainedModel, version: str) -> None:
+    def push(self, workers: Sequence[Worker], model: TrainedModel, version: str, since: str | None = None) -> None:
         """Give all `workers` the present weights of `model` as `version`, and check that they hold them.
 
         One attempt; until it has succeeded no server counts as up to date. The servers are paused meanwhile, and their
-        requests are aborted. At the first push to a server process all its tensors are compared.
+        requests are aborted. At the first push to a server process, and at the first that sends it only some tensors,
+        all that it holds is compared.
+
+        Args:
+            since: the name by which `model` knows the weights that all `workers` hold: what has not changed since is
+                not sent, where the method allows that. None: everything is sent.
 
         Raises:
             SyncError: a server failed, was late, or holds other weights. Servers that still answer run again then.
             FloatingPointError: the trainer's weights have NaN or infinite values.
         """
         attempt = Attempt(workers, self._method.name, version, self._timeout_s)
+        unchecked = {worker for worker in workers if not worker.checked}
+        assert since is None or not unchecked, "what a server process holds is not known before its first push"
+        held = workers[0].version if since is not None and self._method.in_parts else None
         for worker in workers:
             worker.version = None
-        unchecked = [worker for worker in workers if not worker.checked]
-        expected = ExpectedWeights(self._tied, any(map(has_known_checksums, workers)))
+        self._compared_in_parts -= unchecked
+        compares = bool(unchecked)
+        if held is not None:
+            compares = held == self._compared and not self._compared_in_parts.issuperset(workers)
+        kept = None if held is None else self._checksums
+        expected = ExpectedWeights(self._tied, any(map(has_known_checksums, workers)), kept)
         try:
             self._pause(attempt)
+            if held is not None:
+                check_version(attempt, held)
             sessions = self._begin(attempt) if self._method.in_session else []
-            self._method.send(attempt, _watched(model.hf_tensors(), expected.add if unchecked else None))
+            tensors = model.hf_tensors(None if held is None else since)
+            self._method.send(attempt, _watched(tensors, expected.add if compares else None))
             if sessions:
                 end = Attempt(sessions, attempt.method, version, self._timeout_s)
                 end.post("ending the update", "/end_weight_update", {})
@@ -92,12 +111,14 @@ class WeightSync:
         except BaseException:  # KeyboardInterrupt too: others may use these servers
             self._tidy_up(attempt)
             raise
-        check_version(attempt)
-        if unchecked:
+        check_version(attempt, version)
+        if compares:
             # All, not the new ones alone: checksums that cannot be computed here are compared between the servers.
             check_weights(attempt, expected)
             tokens = probe_tokens(self._vocab_size)
             check_probe(attempt, tokens, model.logprobs(tokens), expected.dtype)
+            self._compared, self._checksums = version, expected.checksums()
+            self._compared_in_parts |= set() if held is None else set(workers)
         for worker in workers:
             worker.version, worker.checked = version, True
 
