@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_bupo.config import launch
 from megatron_bupo.config.chat import ChatConfig
 from megatron_bupo.config.data_files import check_data_files
+from megatron_bupo.config.debug import DebugConfig
 from megatron_bupo.config.model import ModelConfig
 from megatron_bupo.config.monitor import EvalConfig, MonitorConfig
 from megatron_bupo.config.paths import HF, check_new_folder, check_output_folder
@@ -219,6 +220,7 @@ class TrainConfig(Group):
     monitor: MonitorConfig
     run: RunConfig
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
     @property
     def updates_per_step(self) -> int:
@@ -234,6 +236,8 @@ class TrainConfig(Group):
         # A run that goes on writes the rollouts of its last steps again.
         taken = None if self.run.continues else "step_000001.jsonl"
         check_output_folder("save_rollouts", self.rollout.save_rollouts, taken=taken)
+        check_output_folder("dump_details", self.debug.dump_details, taken=taken)
+        self.debug.check_run(self.run.save, self.rollout.save_rollouts, self.schedule.train_iters)
         self.sglang.check_engine(self.rollout.rollout_engine, self.run.save)
         self._check_source()
         self._check_sizes()

@@ -81,11 +81,10 @@ def _rollouts(config: TrainConfig) -> str:
 
 def _batches(config: TrainConfig) -> str:
     rollout = config.rollout
-    responses = rollout.rollout_batch_size * rollout.n_samples_per_prompt
-    size = config.batch.global_batch_size or responses
+    responses, updates = rollout.rollout_batch_size * rollout.n_samples_per_prompt, config.updates_per_step
     return (
         f"{responses} responses a step ({rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt}), in "
-        f"{responses // size} optimizer step(s) of {size}"
+        f"{updates} optimizer step(s) of {responses // updates}"
     )
 
 
@@ -122,6 +121,10 @@ def _files(config: TrainConfig) -> list[str]:
         files.append(f"{run.save}/sglang/server_0.log ... ({config.sglang.sglang_num_servers} server(s))")
     if config.rollout.save_rollouts:
         files.append(f"{config.rollout.save_rollouts}/step_000001.jsonl ... ({config.schedule.train_iters} files)")
+    if config.debug.dump_details:
+        files.append(f"{config.debug.dump_details}/step_000001.jsonl ... ({config.schedule.train_iters} files)")
+    if config.debug.profiled:
+        files.append(f"{run.save}/profile/step_{config.debug.profiled[0]:06d}_rank_0.json.gz ...")
     if run.save_hf:
         files.append(f"{run.save_hf}/ (HuggingFace folder)")
     return files

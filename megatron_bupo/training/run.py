@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from megatron_bupo.rollout.source import FirstStepKept, GradedGeneration, Prompt
 from megatron_bupo.training.actor import Actor
 from megatron_bupo.training.auto_layer import CHOICE_FOLDER, choose_layer, describe_choice
 from megatron_bupo.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_bupo.training.details import profiled
 from megatron_bupo.training.flow_log import log_flow
 from megatron_bupo.training.metrics import console_lines
 from megatron_bupo.training.phase_monitor import PhaseMonitor
@@ -81,13 +83,20 @@ def _take_steps(run: PreparedRun, trainer: Trainer, graded: GradedGeneration | N
             if evaluated:
                 _report(tracker, bar, {"step": 0, **evaluated}, lines)
         for step in range(done + 1, last + 1):
-            metrics = trainer.step(step)
+            with _look_at(run, step, trainer.state.rank):
+                metrics = trainer.step(step)
             evaluated, lines = _evaluate(run, graded, step)
             lines = [*console_lines(metrics, last, config.monitor.logprob_diff_alarm), *lines]
             _report(tracker, bar, metrics | evaluated, lines)
             bar.update()
             if interval is not None and (step % interval == 0 or step == last):
                 _save(run, trainer, step)
+
+
+def _look_at(run: PreparedRun, step: int, rank: int) -> AbstractContextManager[None]:
+    if step not in run.config.debug.profiled:
+        return nullcontext()
+    return profiled(Path(str(run.config.run.save)) / "profile", step, rank)
 
 
 def _evaluate(run: PreparedRun, graded: GradedGeneration | None, step: int) -> tuple[Metrics, list[str]]:

@@ -20,7 +20,7 @@ SCHEMA = 1
 _LIBRARIES = ("torch", "megatron-core", "transformers", "datasets", "math-verify")
 # Flags that are not named when they change. They say where a run is kept, how long it is, on which machine it runs and
 # what is measured beside it; or RunIdentity compares what they stand for (model, data, seed, schedule, sizes, loss).
-_UNNAMED_GROUPS = {"parallel", "sglang", "run", "evaluation"}
+_UNNAMED_GROUPS = {"parallel", "sglang", "run", "evaluation", "debug"}
 _UNNAMED = {
     "hf_model", "bf16", "train_iters", "internal_layer", "internal_steps", "internal_module", "policy_schedule",
     "internal_policy_norm", "loss", "advantage_estimator", "reward", "prompt_data", "rollout_batch_size",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron_bupo.rl.schedule import learning_rate
 from megatron_bupo.rollout.source import RolloutSource
 from megatron_bupo.samples import MicroBatch, Rollout
 from megatron_bupo.training.actor import Actor, make_objective
+from megatron_bupo.training.details import write_details
 from megatron_bupo.training.flow_log import measure_flow
 from megatron_bupo.training.metrics import (
     MAXIMA,
@@ -80,6 +82,8 @@ class Trainer:
             updates = [
                 self.actor.update(batches, spec, self.objective, lr, self.temperature) for batches in mini_batches
             ]
+        if folder := self.config.debug.dump_details:
+            write_details(folder, step, batch.rollouts, list(chain(*mini_batches)), self.state)
         old = self._means_of_old(mini_batches)
         with self._timed("norms"):
             movement = self.actor.norms.movement()

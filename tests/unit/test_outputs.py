@@ -25,6 +25,7 @@ OUTPUTS: dict[str, tuple[type[Group], str, list[str]]] = {
     "dry run": (COMMANDS["train"], "save", [*TRAIN, "--dry-run"]),
     "save-hf": (COMMANDS["train"], "save-hf", TRAIN),
     "save-rollouts": (COMMANDS["train"], "save-rollouts", TRAIN),
+    "dump-details": (COMMANDS["train"], "dump-details", TRAIN),
     "tensorboard-dir": (COMMANDS["train"], "tensorboard-dir", TRAIN),
     "weight-sync-dir": (COMMANDS["train"], "weight-sync-dir", [*TRAIN, *SGLANG]),
     "score": (COMMANDS["score"], "output", [*MODEL, "--rollouts", "data.jsonl"]),
