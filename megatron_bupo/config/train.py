@@ -102,6 +102,7 @@ class OptimizerConfig(Group):
     adam_beta1: float = flag("decay of the first moment", 0.9, low=0, below=1)
     adam_beta2: float = flag("decay of the second moment", 0.999, low=0, below=1)
     adam_eps: float = flag("added to the root of the second moment", 1e-8, above=0)
+    overlap_grad_reduce: bool = flag("sum gradients over data-parallel ranks during the backward of full phases", False)
     use_distributed_optimizer: bool = flag("split fp32 weights and moments over the data-parallel ranks", False)
 
     def check(self) -> None:

@@ -94,13 +94,16 @@ class Actor(ParallelModel):
     ) -> None:
         super().__init__(arch, weights, parallel, state, dtype, converted)
         self.dtype = dtype
-        ddp_config = DistributedDataParallelConfig(
+        self._overlaps = optimizer.overlap_grad_reduce
+        self._ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
-            # In an internal phase the gradients above l never come, and an overlapped reduction would wait for them.
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=self._overlaps,
         )
-        self._wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in self.chunks]
+        self._wrapped = [DistributedDataParallel(chunk.config, self._ddp_config, chunk) for chunk in self.chunks]
+        if self._overlaps:  # in the last micro-batch alone
+            waits = [chunk.no_sync for chunk in self._wrapped]
+            self.chunks[0].config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self._table = table_for(arch)
         self.optimizer = PhaseOptimizer(
             optimizer,
@@ -119,6 +122,11 @@ class Actor(ParallelModel):
             sharded_masters=optimizer.use_distributed_optimizer,
             interval=norms_interval,
         )
+
+    @property
+    def overlaps_now(self) -> bool:
+        """Whether gradients are summed during the backward in the current phase (--overlap-grad-reduce)."""
+        return bool(self._ddp_config.overlap_grad_reduce)
 
     def kernels(self) -> dict[str, str]:
         """As ParallelModel's, and the optimizer's."""
@@ -149,6 +157,8 @@ class Actor(ParallelModel):
         Their columns have advantages, and on the last stage ref_logprobs with a KL term. Those of a micro-batch that
         has no old log-probs yet are set here: its weights are still the old ones, and so is its forward.
         """
+        # In an internal phase the gradients above l never come, and an overlapped reduction would wait for them.
+        self._ddp_config.overlap_grad_reduce = self._overlaps and spec.is_full
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -25,8 +25,8 @@ _UNNAMED = {
     "hf_model", "bf16", "train_iters", "internal_layer", "internal_steps", "internal_module", "policy_schedule",
     "internal_policy_norm", "loss", "advantage_estimator", "reward", "prompt_data", "rollout_batch_size",
     "n_samples_per_prompt", "save_rollouts", "load_rollouts", "reward_workers", "rollout_micro_batch_size",
-    "max_tokens_per_micro_batch", "use_distributed_optimizer", "norms_interval", "entropy_flow_interval",
-    "entropy_flow_responses", "logprob_diff_alarm",
+    "max_tokens_per_micro_batch", "use_distributed_optimizer", "overlap_grad_reduce", "norms_interval",
+    "entropy_flow_interval", "entropy_flow_responses", "logprob_diff_alarm",
 }  # fmt: skip
 
 
