@@ -94,7 +94,9 @@ def _import_megatron_core() -> None:
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
-    # What torch has to say about megatron-core's own calls, on every rank of every run.
+    # Printed by every rank: what megatron-core says of selective recompute whichever layers there are, and torch of
+    # megatron-core's own calls.
+    warnings.filterwarnings("ignore", "If you are using transformer_engine as the transformer implementation")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", module=r"megatron\.core\.optimizer")
 

@@ -43,7 +43,7 @@ def test_a_dry_run_makes_every_row(tmp_path: Path) -> None:
     rows = {row["work"]: row for row in results["rows"]}
     assert not [row["measured"] for row in rows.values() if "failed" in row["measured"]]
     assert all(row["reached"] is None for row in rows.values()), "goals are for GPUs"
-    assert "3 skipped" in rows["`tests/gpu`"]["measured"]
+    assert "4 skipped" in rows["`tests/gpu`"]["measured"]
     assert len(results["rows"]) == 2 * 2 + 3 * 4 + 2  # unembedding; updates and norms; tests and flow
     assert rows["update, full, 96 tokens a micro-batch"]["numbers"]["times_huggingface"] > 0
     assert rows["entropy flow, 32 tokens"]["numbers"]["nats_apart"]["huggingface"] < 0.01

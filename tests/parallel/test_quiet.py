@@ -12,6 +12,7 @@ from tests.parallel.launch import assert_passed, run_several, torchrun
 from tests.parallel.resume_worker import train_words
 
 FLAGS = ["--bf16", "--use-distributed-optimizer", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+FLAGS += ["--recompute-granularity", "selective"]
 PARTS = ["attention", "norms", "rope", "SwiGLU", "unembedding"]
 TORCH = f"torch {torch.__version__}"
 

@@ -20,17 +20,18 @@ from megatron_bupo.ops.attention import PackedSequences, attention_by_sequence, 
 LENGTHS, HEADS, KV_HEADS, DIM = (5, 1, 9, 3), 6, 2, 8
 SCALE = 0.3
 TOTAL = sum(LENGTHS)
+CPU = torch.device("cpu")
 
 
-def sequences() -> PackedSequences:
+def sequences(device: torch.device = CPU) -> PackedSequences:
     boundaries = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return PackedSequences.of(boundaries, torch.device("cpu"), read_on_device=False)
+    return PackedSequences.of(boundaries, device, read_on_device=False)
 
 
-def inputs(dtype: torch.dtype) -> list[Tensor]:
+def inputs(dtype: torch.dtype, device: torch.device = CPU) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((TOTAL, HEADS, DIM), (TOTAL, KV_HEADS, DIM), (TOTAL, KV_HEADS, DIM))
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
 
 def dense(
@@ -63,11 +64,11 @@ def dense(
     return torch.einsum("hqk,khd->qhd", weights, values)
 
 
-def results(attend: Any, dtype: torch.dtype) -> list[Tensor]:
+def results(attend: Any, dtype: torch.dtype, device: torch.device = CPU) -> list[Tensor]:
     """Output and gradients."""
-    tensors = inputs(dtype)
-    output = attend(*tensors, sequences(), SCALE)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    tensors = inputs(dtype, device)
+    output = attend(*tensors, sequences(device), SCALE)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=device).view(output.shape)
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), tensors)]
 
 
