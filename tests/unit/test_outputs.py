@@ -19,6 +19,7 @@ from tests.parallel.launch import child_environment
 MODEL, DATA = ["--hf-model", "model"], ["--prompt-data", "data.jsonl"]
 TRAIN = [*MODEL, *DATA, "--train-iters", "2"]
 SGLANG = ["--rollout-engine", "sglang", "--sglang-launch", "--weight-sync", "disk"]
+EVALUATE = [*MODEL, *DATA, "--output", "out"]
 # The flag and the rest of a command line that is accepted.
 OUTPUTS: dict[str, tuple[type[Group], str, list[str]]] = {
     "save": (COMMANDS["train"], "save", TRAIN),
@@ -31,6 +32,9 @@ OUTPUTS: dict[str, tuple[type[Group], str, list[str]]] = {
     "score": (COMMANDS["score"], "output", [*MODEL, "--rollouts", "data.jsonl"]),
     "generate": (COMMANDS["generate"], "output", [*MODEL, *DATA]),
     "entropy-flow": (COMMANDS["entropy-flow"], "output", [*MODEL, *DATA]),
+    "evaluate": (COMMANDS["evaluate"], "output", [*MODEL, *DATA]),
+    "evaluate tensorboard-dir": (COMMANDS["evaluate"], "tensorboard-dir", EVALUATE),
+    "evaluate weight-sync-dir": (COMMANDS["evaluate"], "weight-sync-dir", [*EVALUATE, *SGLANG]),
     "plot": (COMMANDS["plot"], "output", ["--flow", "flow"]),
     "hf_to_megatron": (HFToMegatronConfig, "output", MODEL),
     "megatron_to_hf": (MegatronToHFConfig, "output", ["--checkpoint", "checkpoint"]),
@@ -66,7 +70,7 @@ def refusal(case: str, output: str) -> str:
 
 
 def test_every_output_has_a_case() -> None:
-    outputs = {"save", "save_hf", "save_rollouts", "tensorboard_dir", "weight_sync_dir", "output"}
+    outputs = {"save", "save_hf", "save_rollouts", "dump_details", "tensorboard_dir", "weight_sync_dir", "output"}
     tried = {(config, flag.replace("-", "_")) for config, flag, _ in OUTPUTS.values()}
     for config in {*COMMANDS.values(), HFToMegatronConfig, MegatronToHFConfig}:
         assert {(config, flag.name) for flag in flags_of(config) if flag.name in outputs} <= tried
