@@ -192,7 +192,7 @@ def test_config_file_itself(tmp_path: Path, content: bytes | None, words: str) -
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UsageError, match=words):
         read_architecture(tmp_path)
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="not a folder"):
         read_architecture(tmp_path / "nowhere")
 
 
