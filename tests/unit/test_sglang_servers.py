@@ -245,7 +245,15 @@ def test_a_server_under_two_names_is_one(start: Start) -> None:
 
 def test_ctrl_c_ends_the_wait_and_the_server(config: SGLangConfig, tmp_path: Path) -> None:
     words = [sys.executable, "-c", SLOW_START, str(tmp_path)]
-    run = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # What a shell without job control starts in the background ignores Ctrl-C, and so would its children.
+    run = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = tmp_path / "server_0.log"
     wait_for(lambda: log.exists() and "server_args=" in log.read_text())
     below = psutil.Process(run.pid).children(recursive=True)
