@@ -73,6 +73,13 @@ class UserFunction(NamedTuple):
         return f"{Path(self.path).name}:{self.name} (sha256 {digest[:16]})"
 
 
+def fingerprint(flag: str, text: str, signature: str, names: Sequence[str]) -> str:
+    """What a flag says, to tell whether it is the same in another start: one of the names, or a function with the hash
+    of its file. Arguments and errors as of `UserFunction.parse`.
+    """
+    return text if text in names else UserFunction.parse(flag, text, signature, names).fingerprint()
+
+
 @functools.cache
 def _module(path: str) -> ModuleType:
     name = f"megatron_bupo_user_{Path(path).stem}"

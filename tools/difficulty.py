@@ -26,7 +26,7 @@ from megatron_bupo.config.paths import check_file, check_output_file
 from megatron_bupo.config.program import run_program
 from megatron_bupo.errors import UsageError
 from megatron_bupo.evaluation.folder import RESPONSES
-from megatron_bupo.evaluation.judged import read_verdict
+from megatron_bupo.evaluation.judged import read_responses
 from megatron_bupo.evaluation.questions import question_key
 from megatron_bupo.files import json_object, new_file, text_lines
 from megatron_bupo.flags import Group, flag
@@ -71,10 +71,7 @@ def pass_rates(responses: Path, prompts: Sequence[Any]) -> dict[int, float]:
         UsageError: responses to other questions than `prompts`, the column of the file.
     """
     rewards: dict[int, list[float]] = {}
-    for number, line in enumerate(text_lines(responses), start=1):
-        where = f"{responses}:{number}"
-        record = json_object(line, where)
-        verdict = read_verdict(record, where)
+    for where, record, verdict in read_responses(responses):
         row = verdict.question
         if row >= len(prompts) or question_key(prompts[row], record.get("answer")) != verdict.key:
             raise UsageError(

@@ -26,6 +26,7 @@ from megatron_bupo.config.data_files import DATA_SUFFIXES
 from megatron_bupo.config.paths import check_output_file
 from megatron_bupo.config.program import run_program
 from megatron_bupo.data.prompt_files import answer_text
+from megatron_bupo.data.rollout_files import write_lines
 from megatron_bupo.errors import UsageError
 from megatron_bupo.files import json_object, new_file, text_lines
 from megatron_bupo.flags import Group, flag
@@ -149,11 +150,11 @@ def convert(config: PrepareDataConfig) -> tuple[list[dict[str, Any]], dict[str, 
 
 def write(output: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows beside `output`, as parquet or JSON lines by its ending, and rename."""
+    if output.suffix != ".parquet":
+        write_lines(output, (json.dumps(row, ensure_ascii=False) for row in rows))
+        return
     with new_file(output) as path:
-        if output.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
-        else:
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def main(words: Sequence[str] | None = None) -> int:

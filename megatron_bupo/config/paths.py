@@ -52,9 +52,8 @@ def _try_writing(name: str, path: str, folder: Path) -> None:
     """
     nearest, target = folder, Path(path).absolute()
     try:
-        _is_there(
-            target.parent / f".{target.name}.{os.getpid()}.partial"
-        )  # what is written there is renamed at the end
+        # What is written has this name until it is whole.
+        _is_there(target.parent / f".{target.name}.{os.getpid()}.partial")
         while not _is_there(nearest):
             nearest = nearest.parent
         if not nearest.is_dir():

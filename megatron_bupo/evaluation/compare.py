@@ -13,10 +13,10 @@ from rich.text import Text
 from megatron_bupo.analysis.side_by_side import open_console
 from megatron_bupo.errors import UsageError
 from megatron_bupo.evaluation.folder import RESPONSES
-from megatron_bupo.evaluation.judged import read_verdict
-from megatron_bupo.evaluation.result import RESULT_FILE, Verdict, by_question, mean_reward
+from megatron_bupo.evaluation.judged import read_responses
+from megatron_bupo.evaluation.result import RESULT_FILE, by_question, mean_reward
 from megatron_bupo.evaluation.statistics import mean_and_error, sign_test
-from megatron_bupo.files import json_object, text_lines
+from megatron_bupo.files import json_object
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,8 @@ class _Evaluation:
     def means(self, name: str) -> list[tuple[str, float]]:
         """The key of every question with the mean reward of the responses to it, in the order of the file."""
         path = self._folder / RESPONSES / f"{name}.jsonl"
-        verdicts: list[Verdict] = []
         try:
-            for number, line in enumerate(text_lines(path), start=1):
-                where = f"{path}:{number}"
-                verdicts.append(read_verdict(json_object(line, where), where))
+            verdicts = [verdict for _, _, verdict in read_responses(path)]
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error.strerror}); it lies beside {RESULT_FILE}") from error
         return [(part[0].key, mean_reward(part)) for part in by_question(verdicts)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.evaluation.questions import QuestionSet
 from megatron_bupo.evaluation.result import Verdict
+from megatron_bupo.files import json_object, text_lines
 from megatron_bupo.rollout.source import GradedGeneration
 from megatron_bupo.samples import Rollout
 
@@ -32,7 +34,10 @@ class Judged:
 
     @property
     def verdict(self) -> Verdict:
-        return read_verdict(self.record(None), "")
+        rollout = self.rollout
+        assert rollout.reward is not None, "it is graded"
+        truncated = rollout.finish_reason == "length"
+        return Verdict(rollout.group, self.key, rollout.reward, truncated, self.timed_out)
 
 
 def read_verdict(record: dict[str, Any], where: str) -> Verdict:
@@ -46,6 +51,19 @@ def read_verdict(record: dict[str, Any], where: str) -> Verdict:
         return Verdict(int(record["group"]), str(record["question"]), float(record["reward"]), truncated, timed_out)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{where}: is no response of an evaluation ({type(error).__name__}: {error})") from error
+
+
+def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any], Verdict]]:
+    """The responses that an evaluation wrote: file and line for errors, the record, what is counted of it.
+
+    Raises:
+        UsageError: a line that no evaluation wrote.
+        OSError: the file cannot be read.
+    """
+    for number, line in enumerate(text_lines(path), start=1):
+        where = f"{path}:{number}"
+        record = json_object(line, where)
+        yield where, record, read_verdict(record, where)
 
 
 def judge(questions: QuestionSet, graded: GradedGeneration, piece: int, done: int = 0) -> Iterator[list[Judged]]:

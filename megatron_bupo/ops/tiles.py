@@ -112,9 +112,14 @@ class Tiles:
         return torch.mm(hidden, weight_tile.t(), out_dtype=self.dtype, out=tile)
 
 
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def passes_for(device: torch.device, dtype: torch.dtype) -> Passes:
     """Triton's kernels on a GPU for fp32 tiles, torch elsewhere."""
-    if device.type == "cuda" and dtype == torch.float32 and importlib.util.find_spec("triton") is not None:
+    if dtype == torch.float32 and has_triton(device):
         from megatron_bupo.ops import triton_passes
 
         return triton_passes

@@ -7,12 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_bupo.rewards.runner import MATH
-from megatron_bupo.user_code import UserFunction
+from megatron_bupo.user_code import fingerprint
 
 
 def reward_fingerprint(reward: str) -> str:
     """What --reward says, to tell whether it is the same in another start: a function with the hash of its file."""
-    return reward if reward == MATH else UserFunction.parse("--reward", reward, "record", (MATH,)).fingerprint()
+    return fingerprint("--reward", reward, "record", (MATH,))
 
 
 def grader_name(reward: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.errors import UsageError
 from megatron_bupo.flags import Group
-from megatron_bupo.user_code import UserFunction
+from megatron_bupo.user_code import UserFunction, fingerprint
 
 if TYPE_CHECKING:
     from megatron_bupo.rl.advantage import Estimator
@@ -87,16 +87,12 @@ def load_estimator(text: str) -> Estimator:
 
 def loss_fingerprint(text: str) -> str:
     """What --loss says, to tell whether it is the same in another start: a function with the hash of its file."""
-    return _fingerprint("--loss", text, loss_names())
+    return fingerprint("--loss", text, "inputs", loss_names())
 
 
 def estimator_fingerprint(text: str) -> str:
     """What --advantage-estimator says, likewise."""
-    return _fingerprint("--advantage-estimator", text, estimator_names())
-
-
-def _fingerprint(flag: str, text: str, names: tuple[str, ...]) -> str:
-    return text if text in names else UserFunction.parse(flag, text, "inputs", names).fingerprint()
+    return fingerprint("--advantage-estimator", text, "inputs", estimator_names())
 
 
 def _load_function(flag: str, text: str, names: tuple[str, ...]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.samples import Rollout
+from megatron_bupo.training.run_record import leaves
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -35,7 +36,7 @@ def add_flags(board: SummaryWriter, flags: Mapping[str, Any]) -> None:
     """The flags of a run, in groups as run.json has them, on the page "HParams", where runs are compared by them."""
     from torch.utils.tensorboard.summary import hparams
 
-    values = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in _leaves(flags)}
+    values = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in leaves(flags)}
     writer: Any = board.file_writer  # typed as None, which it is once the board is closed
     for summary in hparams(values, dict.fromkeys(_METRICS, 0.0)):
         writer.add_summary(summary)
@@ -51,14 +52,6 @@ def samples(rollouts: Sequence[Rollout], step: int) -> Iterator[tuple[str, str]]
     ):
         head = f"reward {rollout.reward}, {len(rollout.response_tokens)} tokens, answer {rollout.answer}"
         yield f"rollouts/{name}", "\n\n".join([head, _block(rollout.prompt or ""), _block(rollout.response or "")])
-
-
-def _leaves(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in flags.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        else:
-            yield name, value
 
 
 def _block(text: str) -> str:

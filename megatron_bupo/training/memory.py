@@ -31,6 +31,11 @@ def parameter_counts(arch: Architecture) -> dict[str, int]:
     }
 
 
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """How many replicas of the model `world_size` processes make, at least one."""
+    return max(world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size), 1)
+
+
 def layer_input_bytes(arch: Architecture, parallel: ParallelConfig, width: int) -> float:
     """Bytes a token of the hidden state between layers on one rank; `width` is bytes a number."""
     return width * arch.hidden_size / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
@@ -116,7 +121,7 @@ def memory_estimate(
     """Bytes on the rank that holds most while the last of `specs` trains, after the ones before it have."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    data_parallel = max(world_size // (tensor * pipeline), 1)
+    data_parallel = data_parallel_size(parallel, world_size)
     counts = parameter_counts(arch)
     # In a pipeline the first and the last stage hold one matrix of the vocabulary's size each, tied or not.
     ends = counts["embedding"] + (counts["unembedding"] if pipeline == 1 else 0)

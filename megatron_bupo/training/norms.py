@@ -7,7 +7,6 @@ always, for the value that the run started from.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
 from megatron_bupo.architectures.mapping import split_layer
+from megatron_bupo.ops.tiles import has_triton
 from megatron_bupo.parallel.setup import ParallelState
 from megatron_bupo.policy_spec import PolicySpec
 from megatron_bupo.training.optimizer import trains
@@ -146,7 +146,7 @@ def squared_distances(value: Tensor, before: Tensor | None, start: Tensor | None
     now = value.detach().view(-1)
     then = None if before is None else before.view(-1)
     origin = None if start is None else start.view(-1)
-    if value.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if has_triton(value.device):
         from megatron_bupo.ops.triton_movement import squared_distances_triton
 
         return squared_distances_triton(now, then, origin)

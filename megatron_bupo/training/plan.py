@@ -10,7 +10,7 @@ from megatron_bupo.architectures.architecture import Architecture
 from megatron_bupo.config.train import TrainConfig
 from megatron_bupo.flags import Group, flag_name, shown
 from megatron_bupo.rl.schedule import PolicySchedule
-from megatron_bupo.training.memory import memory_estimate
+from megatron_bupo.training.memory import data_parallel_size, memory_estimate
 
 _GB = 1e9
 
@@ -50,17 +50,11 @@ def _flags(group: Group) -> Iterator[str]:
             yield f"{flag_name(declared.name)} {shown(value)}"
 
 
-def _data_parallel_size(config: TrainConfig, world_size: int) -> int:
-    parallel = config.parallel
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return max(world_size // ranks, 1)
-
-
 def _layout(config: TrainConfig, arch: Architecture, world_size: int) -> str:
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     virtual = parallel.num_virtual_stages_per_pipeline_rank
-    data = _data_parallel_size(config, world_size)
+    data = data_parallel_size(parallel, world_size)
     stages = pipeline * virtual
     return (
         f"{tensor * pipeline * data} process(es) = TP {tensor} x PP {pipeline} x DP {data}; {arch.num_layers} layers "

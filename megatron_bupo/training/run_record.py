@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,14 @@ class EarlierStart:
         """Of the run in a folder; empty where run.json is missing or broken, for a run can go on without it."""
         try:
             content = json.loads((run / "run.json").read_text(encoding="utf-8"))
-            return cls(dict(_leaves(content["flags"])), tuple(content["changes"]))
+            return cls(dict(leaves(content["flags"], _UNNAMED_GROUPS)), tuple(content["changes"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls({}, ())
 
 
 def changed_flags(config: TrainConfig, before: dict[str, Any]) -> list[str]:
     """The flags that differ from those of the last start (`EarlierStart.flags`), in words; not those of _UNNAMED."""
-    now = dict(_leaves(json.loads(json.dumps(asdict(config)))))
+    now = dict(leaves(json.loads(json.dumps(asdict(config))), _UNNAMED_GROUPS))
     return [
         f"{flag_name(name)}: {shown(before[name])} then, {shown(value)} now"
         for name, value in now.items()
@@ -87,13 +87,17 @@ def changed_flags(config: TrainConfig, before: dict[str, Any]) -> list[str]:
     ]
 
 
-def _leaves(group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Flags and their values, without their groups: another version may have grouped them otherwise."""
+def leaves(group: Mapping[str, Any], without: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Flags and their values, without their groups: another version may have grouped them otherwise.
+
+    Args:
+        without: groups that are left out.
+    """
     for name, value in group.items():
-        if name in _UNNAMED_GROUPS:
+        if name in without:
             continue
-        if isinstance(value, dict):
-            yield from _leaves(value)
+        if isinstance(value, Mapping):
+            yield from leaves(value, without)
         else:
             yield name, value
 
